@@ -1,0 +1,1 @@
+"""Where work runs and what lasts: Ray session, mailbox, storage, registry."""

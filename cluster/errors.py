@@ -1,0 +1,36 @@
+"""This file is where the errors that people read are defined: what happened, what was seen, what to do."""
+
+
+class RayboothError(Exception):
+    """An error for people. Positional and stored, so that it survives pickling between processes.
+
+    Args:
+        what: What happened, one clause without a full stop.
+        seen: What was seen, the evidence; empty when `what` says it all.
+        do: What to do next.
+    """
+
+    exit_code = 1
+
+    def __init__(self, what: str, seen: str = "", do: str = "") -> None:
+        super().__init__(what, seen, do)
+        self.what = what
+        self.seen = seen
+        self.do = do
+
+    def __str__(self) -> str:
+        return ". ".join(part.rstrip(".") for part in (self.what, self.seen, self.do) if part)
+
+    def as_json(self) -> dict[str, str]:
+        """The error object of the `--json` contract."""
+        return {"what": self.what, "seen": self.seen, "do": self.do}
+
+
+class UserError(RayboothError):
+    """The user's mistake: a spec, a photo, a name. Exit code 2."""
+
+    exit_code = 2
+
+
+class SystemFailure(RayboothError):
+    """Our fault or the cluster's: a lost worker, a full disk, a broken file. Exit code 1."""

@@ -1,0 +1,293 @@
+"""This file is where bytes last: one storage root, local or remote, behind pyarrow.
+
+Nothing half-written is ever visible: a single object is written aside and renamed (an object store's put is atomic
+already), a folder is published with its manifest last, and readers trust the manifest, not the folder.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+
+from cluster.errors import SystemFailure, UserError
+
+MANIFEST = "manifest.json"
+_TEMPORARY = ".tmp-"
+
+
+def sha256(data: bytes) -> str:
+    """The sha256 of `data` in hex."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    """The sha256 of a local file in hex, read in pieces."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def folder_manifest(folder: Path, meta: Mapping[str, Any]) -> dict[str, Any]:
+    """What a published folder holds: `meta` and, per file, its size in bytes and sha256."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
+    listed = {
+        p.relative_to(folder).as_posix(): {"size": p.stat().st_size, "sha256": sha256_file(p)} for p in files
+    }
+    return {**meta, "files": listed}
+
+
+class Storage:
+    """A storage root. Every path is relative to it, with `/`, and cannot leave it.
+
+    Args:
+        uri: A folder, or a URI that pyarrow knows (`file://`, `s3://`, `gs://`).
+
+    Raises:
+        UserError: The root cannot be reached or is not writable.
+    """
+
+    def __init__(self, uri: str) -> None:
+        self.is_local = "://" not in uri or uri.startswith("file://")
+        plain = uri.removeprefix("file://")
+        self.uri = str(Path(plain).expanduser().resolve()) if self.is_local else uri.rstrip("/")
+        try:
+            if self.is_local:
+                Path(self.uri).mkdir(parents=True, exist_ok=True)
+                self._fs, self._root = pafs.LocalFileSystem(), self.uri
+            else:
+                self._fs, self._root = pafs.FileSystem.from_uri(self.uri)
+        except (OSError, pa.ArrowInvalid) as error:
+            raise UserError(
+                f"the storage root {self.uri} cannot be used", str(error), "name another with --storage"
+            ) from error
+
+    def check_writable(self) -> None:
+        """Write, read back and delete a canary.
+
+        Raises:
+            UserError: The root cannot be written, or gives back other bytes than were written.
+        """
+        name, canary = f"{_TEMPORARY}canary-{uuid.uuid4().hex}", os.urandom(1000)
+        try:
+            self.write(name, canary)
+            back = self.read(name)
+            self.remove(name)
+        except OSError as error:
+            raise UserError(
+                f"the storage root {self.uri} is not writable",
+                str(error),
+                "make it writable or name another with --storage",
+            ) from error
+        if back != canary:
+            raise UserError(
+                f"the storage root {self.uri} corrupts what is written",
+                f"wrote {len(canary)} bytes, read {len(back)}",
+                "set AWS_REQUEST_CHECKSUM_CALCULATION=when_required for a store that is not AWS",
+            )
+
+    # -- paths ---------------------------------------------------------------------------------------------
+
+    def _at(self, path: str) -> str:
+        pure = PurePosixPath(path)
+        if pure.is_absolute() or ".." in pure.parts or "\0" in path:
+            raise UserError(f"the path {path!r} leaves the storage root", "", "use a plain name")
+        return f"{self._root}/{pure}" if str(pure) != "." else self._root
+
+    def full(self, path: str) -> str:
+        """`path` as a user would open it: an absolute folder, or a URI."""
+        return f"{self.uri}/{path}"
+
+    def exists(self, path: str) -> bool:
+        """Whether a file or a folder is there."""
+        return bool(self._fs.get_file_info(self._at(path)).type != pafs.FileType.NotFound)
+
+    def names(self, path: str) -> list[str]:
+        """Names directly under a folder, sorted, without temporary ones; empty when there is no folder."""
+        infos = self._fs.get_file_info(pafs.FileSelector(self._at(path), allow_not_found=True))
+        return sorted(i.base_name for i in infos if not i.base_name.startswith(_TEMPORARY))
+
+    # -- single objects ------------------------------------------------------------------------------------
+
+    def read(self, path: str) -> bytes:
+        """The bytes of a file.
+
+        Raises:
+            FileNotFoundError: There is none.
+        """
+        with self._fs.open_input_stream(self._at(path)) as stream:
+            return bytes(stream.read())
+
+    def write(self, path: str, data: bytes) -> None:
+        """Write a file so that it is there whole or not at all; an older one is replaced."""
+        at = self._at(path)
+        if not self.is_local:
+            with self._fs.open_output_stream(at) as stream:
+                stream.write(data)
+            return
+        target = Path(at)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        aside = target.with_name(f"{_TEMPORARY}{uuid.uuid4().hex}")
+        try:
+            with aside.open("xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            aside.replace(target)
+        finally:
+            aside.unlink(missing_ok=True)
+
+    def append(self, path: str, data: bytes) -> None:
+        """Append to a file, for logs; on an object store the object is written again."""
+        if self.is_local:
+            target = Path(self._at(path))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with target.open("ab") as file:
+                file.write(data)
+        else:
+            self.write(path, (self.read(path) if self.exists(path) else b"") + data)
+
+    def read_json(self, path: str) -> Any:
+        """The parsed JSON of a file."""
+        return json.loads(self.read(path))
+
+    def write_json(self, path: str, value: Any) -> None:
+        """Write a value as indented JSON."""
+        self.write(path, json.dumps(value, indent=2, ensure_ascii=False).encode() + b"\n")
+
+    def remove(self, path: str) -> None:
+        """Remove a file or a whole folder; nothing there is no error."""
+        at = self._at(path)
+        kind = self._fs.get_file_info(at).type
+        if kind == pafs.FileType.Directory:
+            self._fs.delete_dir(at)
+        elif kind == pafs.FileType.File:
+            self._fs.delete_file(at)
+
+    # -- tables --------------------------------------------------------------------------------------------
+
+    def write_rows(self, path: str, columns: Mapping[str, Sequence[Any]]) -> str:
+        """Write columns as one Parquet file; returns its sha256."""
+        sink = pa.BufferOutputStream()
+        pq.write_table(pa.table(dict(columns)), sink, compression="zstd")
+        data = sink.getvalue().to_pybytes()
+        self.write(path, data)
+        return sha256(data)
+
+    def read_rows(self, path: str, digest: str) -> dict[str, list[Any]]:
+        """The columns of a Parquet file as Python values.
+
+        Raises:
+            SystemFailure: Its bytes do not have the sha256 `digest`.
+        """
+        data = self.read(path)
+        if sha256(data) != digest:
+            raise SystemFailure(
+                f"{self.full(path)} is damaged",
+                f"its sha256 is not {digest[:12]}...",
+                "delete its folder; it is made again",
+            )
+        columns: dict[str, list[Any]] = pq.read_table(pa.BufferReader(data)).to_pydict()
+        return columns
+
+    # -- folders -------------------------------------------------------------------------------------------
+
+    def publish(self, folder: Path, path: str, meta: Mapping[str, Any]) -> dict[str, Any]:
+        """Publish a local folder under `path` with a manifest; visible whole or not at all. Returns the manifest.
+
+        A folder that is there already is kept when its manifest lists the same files, and replaced otherwise.
+        """
+        manifest = folder_manifest(folder, meta)
+        text = json.dumps(manifest, indent=2, ensure_ascii=False).encode() + b"\n"
+        if self.is_local:
+            target = Path(self._at(path))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            aside = target.with_name(f"{_TEMPORARY}{uuid.uuid4().hex}")
+            try:
+                shutil.copytree(folder, aside)
+                (aside / MANIFEST).write_bytes(text)
+                for file in [p for p in aside.rglob("*") if p.is_file()]:
+                    with file.open("rb") as stream:
+                        os.fsync(stream.fileno())
+                if target.exists():
+                    shutil.rmtree(target)
+                aside.rename(target)
+            finally:
+                shutil.rmtree(aside, ignore_errors=True)
+        else:
+            self.remove(path)
+            for name in manifest["files"]:
+                self.write(f"{path}/{name}", (folder / name).read_bytes())
+            self.write(f"{path}/{MANIFEST}", text)
+        return manifest
+
+    def manifest(self, path: str) -> dict[str, Any] | None:
+        """The manifest of a published folder, or `None` when nothing whole is there."""
+        try:
+            value: dict[str, Any] = self.read_json(f"{path}/{MANIFEST}")
+        except (FileNotFoundError, NotADirectoryError, ValueError):
+            return None
+        return value
+
+    @contextmanager
+    def verified(self, path: str) -> Iterator[Path]:
+        """A published folder as a local folder whose every file was checked against the manifest.
+
+        Raises:
+            SystemFailure: There is no manifest, or a file is missing or damaged.
+        """
+        manifest = self.manifest(path)
+        if manifest is None:
+            raise SystemFailure(f"{self.full(path)} is missing or was not finished")
+        with tempfile.TemporaryDirectory(prefix="raybooth-") as scratch:
+            folder = Path(self._at(path)) if self.is_local else Path(scratch)
+            for name, expected in manifest["files"].items():
+                if not self.is_local:
+                    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                    (folder / name).write_bytes(self.read(f"{path}/{name}"))
+                file = folder / name
+                if not file.is_file() or sha256_file(file) != expected["sha256"]:
+                    raise SystemFailure(
+                        f"{self.full(path)}/{name} is damaged or missing", "its sha256 is not the manifest's"
+                    )
+            yield folder
+
+    @contextmanager
+    def lock(self, path: str) -> Iterator[None]:
+        """Hold `path` alone among the processes of this machine; let go by the system when its holder dies.
+
+        On a remote root it holds nothing: what is written there is addressed by content, so two writers
+        waste work but harm nothing.
+        """
+        if not self.is_local:
+            yield
+            return
+        target = Path(self._at(path))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with target.open("ab") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX)
+            yield
+
+    @contextmanager
+    def lock_or_refuse(self, path: str, refusal: UserError) -> Iterator[None]:
+        """Like `lock`, but raises `refusal` when another process holds it."""
+        if not self.is_local:
+            yield
+            return
+        target = Path(self._at(path))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with target.open("ab") as stream:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise refusal from error
+            yield

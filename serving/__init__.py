@@ -1,0 +1,1 @@
+"""What one replica does: requests in, images out."""

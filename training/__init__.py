@@ -1,0 +1,1 @@
+"""What one gang does: data, objective, engine, checkpoint, artifact, samplers."""

@@ -1,0 +1,260 @@
+"""This file is where one run is described: every setting, its default, its range. It imports no torch.
+
+Precedence is defaults < file < flags. The defaults below are those of a Stable Diffusion 1.x/2.x base with
+the `lora` method; `DEFAULTS` lists what differs for another base or method (sources: the DreamBooth paper,
+diffusers' recommendations, and for `pocket` our own runs).
+"""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Method = Literal["lora", "full"]
+SamplerName = Literal["ddim", "dpm++2m"]
+
+
+class _Section(BaseModel):
+    """A section of the YAML: unknown keys are refused, values are checked as given."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class Base(_Section):
+    """The pretrained pipeline that every subject starts from."""
+
+    model: str = "pocket"
+    """`pocket` (ships with raybooth), a folder in diffusers layout, or a hub id."""
+    revision: str | None = None
+    """Commit of a hub id; `None` takes the newest one that is cached."""
+
+
+class Subject(_Section):
+    """The thing in the photos."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")
+    """Name of the subject in storage and in `generate`: lower case letters, digits, `-` and `_`."""
+    class_noun: str = Field(alias="class", min_length=1, max_length=64)
+    """The subject's class noun, such as `dog`; YAML key `class`."""
+    images: tuple[str, ...] = Field(min_length=1)
+    """Photos: a folder, or a list of files."""
+    identifier: str = Field(default="auto", min_length=1, max_length=64)
+    """The rare word that names the subject; `auto` picks a rare single token of the base's tokenizer."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, validate_by_alias=True, validate_by_name=True
+    )
+
+
+class Prior(_Section):
+    """Prior preservation: images the pristine base draws of the class keep the class what it was."""
+
+    weight: float = Field(default=1.0, ge=0.0, le=100.0)
+    """Weight of the class term in the loss; 0 turns prior preservation off."""
+    num_images: int = Field(default=200, ge=1, le=100_000)
+    """Class images to draw; a larger number later draws only what is missing."""
+    prompt: str = "a photo of a {class}"
+    """Prompt of the class images; `{class}` is the class noun."""
+    negative_prompt: str = ""
+    """What the class images should not show."""
+    sampler: SamplerName = "ddim"
+    """Sampler of the class images."""
+    steps: int = Field(default=50, ge=1, le=1000)
+    """Denoising steps per class image."""
+    guidance: float = Field(default=7.5, ge=1.0, le=50.0)
+    """Classifier-free guidance scale; 1 is without guidance."""
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    """First seed; image i is drawn from a seed of its own made of this and i."""
+
+
+class Data(_Section):
+    """How photos become training images. No random augmentation: variants are enumerated, so latents are cached."""
+
+    variants: int = Field(default=1, ge=1, le=16)
+    """Crops per photo along its longer side; 1 is the one `crop` names."""
+    flip: bool = False
+    """Also train on mirrored images. Off: text, logos and faces are not symmetric."""
+    crop: Literal["center", "start", "end"] = "center"
+    """Which square of a photo that is not square is used when `variants` is 1."""
+
+
+class TextEncoder(_Section):
+    """The text encoder's part in training."""
+
+    train: bool = False
+    """Train it too: its LoRA with method `lora`, all of it with `full`."""
+    lr: float = Field(default=5e-6, gt=0, le=1.0)
+    """Its own learning rate."""
+
+
+class Lora(_Section):
+    """Low-rank adapters (method `lora`)."""
+
+    rank: int = Field(default=8, ge=1, le=1024)
+    """Rank of the two factors."""
+    alpha: float = Field(default=8.0, gt=0)
+    """Scale: the update is alpha / rank * B A."""
+    targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    """UNet modules that get an adapter, by the end of their name."""
+    text_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "out_proj")
+    """Text encoder modules that get an adapter when it is trained."""
+
+
+class Train(_Section):
+    """The optimisation."""
+
+    method: Method = "lora"
+    """`lora` trains adapters, `full` the whole UNet and text encoder."""
+    steps: int = Field(default=800, ge=1, le=1_000_000)
+    """Optimizer steps."""
+    lr: float = Field(default=1e-4, gt=0, le=1.0)
+    """Learning rate of the UNet."""
+    pairs_per_step: int = Field(default=1, ge=1, le=4096)
+    """Pairs (one subject and one class image) per optimizer step, over all workers together."""
+    accumulation: int = Field(default=1, ge=1, le=1024)
+    """Micro-batches a worker splits its pairs into, to save memory; the mathematics is the same."""
+    max_grad_norm: float | None = Field(default=1.0, gt=0)
+    """Gradients are clipped to this global norm; `null` is off."""
+    weight_decay: float = Field(default=1e-2, ge=0)
+    """AdamW's decoupled weight decay."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Steps over which the learning rates rise linearly from 0."""
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    """Seed of the order of images, the noise and the timesteps."""
+    prompt: str = "a photo of {subject}"
+    """Prompt of the subject's photos; `{subject}` becomes article, identifier and class noun."""
+    text_encoder: TextEncoder = TextEncoder()
+    """The text encoder's part."""
+    lora: Lora = Lora()
+    """Adapters of method `lora`."""
+
+
+class Engine(_Section):
+    """How a step is computed."""
+
+    zero_stage: Literal["auto", 0, 1, 2, 3] = "auto"
+    """DeepSpeed ZeRO stage; `auto` is 0 for one worker or LoRA, else 2."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Compute type; masters are fp32 always. `auto` is bf16 on a GPU that has it, fp32 on a CPU."""
+    gradient_checkpointing: bool = False
+    """Trade compute for memory: recompute activations in the backward pass."""
+
+
+class Checkpoint(_Section):
+    """What a restart goes on from. Deleted once the artifact is published."""
+
+    every: int = Field(default=200, ge=1)
+    """Steps between checkpoints."""
+    keep: int = Field(default=2, ge=1, le=100)
+    """Checkpoints kept."""
+
+
+class Cluster(_Section):
+    """What a run asks of the Ray cluster."""
+
+    workers: int = Field(default=1, ge=1, le=1024)
+    """Training workers of the gang."""
+    gpus_per_worker: Literal["auto"] | float = "auto"
+    """GPUs per worker; `auto` is 1 where the cluster has any, else 0."""
+    cpus_per_worker: int = Field(default=1, ge=1, le=256)
+    """CPU cores per worker, also its number of threads."""
+
+
+class Track(_Section):
+    """Where figures go besides `events.jsonl`."""
+
+    mlflow: str | None = None
+    """MLflow tracking URI; `null` is a SQLite file in the storage root (MLFLOW_TRACKING_URI is honoured)."""
+    experiment: str = "raybooth"
+    """MLflow experiment."""
+    tensorboard: bool = False
+    """Also write TensorBoard event files beside the run."""
+
+
+class Validate(_Section):
+    """Images drawn of the trained subject and logged."""
+
+    prompts: tuple[str, ...] = ("a photo of {subject}",)
+    """Prompts of the sample grid; empty draws none."""
+    num_images: int = Field(default=2, ge=1, le=64)
+    """Images per prompt, seeds 0, 1, ..."""
+    steps: int = Field(default=25, ge=1, le=1000)
+    """Denoising steps."""
+    guidance: float = Field(default=7.5, ge=1.0, le=50.0)
+    """Classifier-free guidance scale."""
+
+
+class Recipe(_Section):
+    """Everything of a run but its subject."""
+
+    base: Base = Base()
+    prior: Prior = Prior()
+    data: Data = Data()
+    train: Train = Train()
+    engine: Engine = Engine()
+    checkpoint: Checkpoint = Checkpoint()
+    cluster: Cluster = Cluster()
+    track: Track = Track()
+    validate_: Validate = Field(default=Validate(), alias="validate")
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, validate_by_alias=True, validate_by_name=True
+    )
+
+
+class Run(Recipe):
+    """One subject trained once with one recipe: `run.yaml`."""
+
+    subject: Subject
+
+
+# Sections whose values change what is trained. Where it runs and what watches it do not.
+TRAINED_SECTIONS = ("base", "prior", "data", "train", "engine")
+
+DEFAULTS: Mapping[tuple[str, Method], Mapping[str, Any]] = {
+    ("sd", "lora"): {},
+    ("sd", "full"): {
+        "train": {"lr": 2e-6, "pairs_per_step": 2, "text_encoder": {"train": True, "lr": 2e-6}},
+    },
+    ("pocket", "lora"): {
+        "prior": {"num_images": 32, "steps": 25, "guidance": 4.0},
+        "train": {"steps": 300, "lr": 1e-3, "pairs_per_step": 4, "lora": {"rank": 16, "alpha": 16.0}},
+        "checkpoint": {"every": 100},
+        "validate": {"guidance": 4.0},
+    },
+    ("pocket", "full"): {
+        "prior": {"num_images": 32, "steps": 25, "guidance": 4.0},
+        "train": {
+            "steps": 300,
+            "lr": 1e-4,
+            "pairs_per_step": 2,
+            "text_encoder": {"train": True, "lr": 1e-4},
+        },
+        "checkpoint": {"every": 100},
+        "validate": {"guidance": 4.0},
+    },
+}
+
+
+def base_family(model: str) -> str:
+    """The family whose defaults apply to a base: `pocket`, or `sd` for any Stable Diffusion 1.x/2.x."""
+    return "pocket" if model == "pocket" else "sd"
+
+
+def merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`under` with `over` laid on it, section by section; a mapping merges, any other value replaces."""
+    out = dict(under)
+    for key, value in over.items():
+        old = out.get(key)
+        out[key] = merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return out
+
+
+def with_defaults(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """`raw` laid over the defaults of its base family and method; not yet validated."""
+    base, train = raw.get("base"), raw.get("train")
+    model = base.get("model", "pocket") if isinstance(base, Mapping) else "pocket"
+    method = train.get("method", "lora") if isinstance(train, Mapping) else "lora"
+    family = base_family(str(model))
+    table = {name: under for (owner, name), under in DEFAULTS.items() if owner == family}
+    return merge(table.get(str(method), {}), raw)
