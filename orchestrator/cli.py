@@ -1,0 +1,63 @@
+"""This file is where the command line starts; it imports neither torch nor Ray."""
+
+import json
+import sys
+from importlib.metadata import version
+from typing import Annotated
+
+import typer
+
+from orchestrator.cli_draw import demo, generate
+from orchestrator.cli_prior import app as prior_app
+from orchestrator.cli_subjects import app as subjects_app
+from orchestrator.cli_train import plan, schema, train
+
+app = typer.Typer(
+    name="raybooth",
+    help="Fine-tune a text-to-image model on many subjects on Ray, and draw guided images of each.\n\n"
+    "Try it: [bold]raybooth demo[/bold]. Your own: [bold]raybooth train ./rex --class dog[/bold], then "
+    '[bold]raybooth generate rex "a photo of {subject} on the beach"[/bold].',
+    rich_markup_mode="rich",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(value: bool) -> None:
+    if value:
+        print(f"raybooth {version('raybooth')}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _root(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Holds the options that stand before a command."""
+
+
+app.command()(train)
+app.command()(generate)
+app.add_typer(subjects_app, name="subjects")
+app.add_typer(prior_app, name="prior")
+app.command()(plan)
+app.command()(schema)
+app.command()(demo)
+
+
+def main() -> None:
+    """The console script. A wrong option is a user's mistake like any other: `--json` reports it too."""
+    try:
+        code = app(standalone_mode=False)
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # typer keeps its copy of click's exceptions to itself
+            raise
+        error.show()  # type: ignore[attr-defined]
+        if "--json" in sys.argv:
+            mistake = {"what": str(error), "seen": " ".join(sys.argv[1:]), "do": "see --help"}
+            print(json.dumps({"state": "failed", "error": mistake}, ensure_ascii=False))
+        sys.exit(2)
+    sys.exit(code if isinstance(code, int) else 0)

@@ -1,0 +1,120 @@
+"""This file is where the commands that draw read their options."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cluster.errors import UserError
+from orchestrator.cli_output import DebugOption, JsonOption, StorageOption, reporting, storage_root
+
+
+def generate(
+    subject: Annotated[str, typer.Argument(help="NAME, NAME@VERSION or base.", metavar="NAME[@VERSION]")],
+    prompts: Annotated[
+        list[str] | None, typer.Argument(help="Prompts; {subject} is the subject.", metavar="PROMPT...")
+    ] = None,
+    n: Annotated[int, typer.Option("-n", "--num-images", min=1, max=1000, help="Images per prompt.")] = 4,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the first image; the next ones count up.")] = 0,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder that takes the PNGs.")] = Path("out"),
+    prompts_file: Annotated[
+        Path | None, typer.Option("--prompts", help="A text file, one prompt a line.", metavar="FILE")
+    ] = None,
+    negative_prompt: Annotated[str, typer.Option("--negative-prompt", help="What should not be there.")] = "",
+    steps: Annotated[int, typer.Option(min=1, max=1000, help="Denoising steps.")] = 25,
+    guidance: Annotated[
+        float | None,
+        typer.Option(
+            "--guidance-scale", "--guidance", min=1.0, help="Guidance scale; 1 is without guidance."
+        ),
+    ] = None,
+    sampler: Annotated[str, typer.Option(help="ddim or dpm++2m.")] = "ddim",
+    eta: Annotated[float, typer.Option(min=0.0, max=1.0, help="Noise of DDIM: 0 none, 1 as DDPM.")] = 0.0,
+    base: Annotated[
+        str, typer.Option("--base", help="Base to draw with when the subject is `base`.")
+    ] = "pocket",
+    storage: StorageOption = "",
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Draw guided images of a trained subject as PNGs.
+
+    Image i of a prompt depends on the prompt, the settings and SEED + i alone: not on -n, the path or the time.
+
+    Examples:
+
+      raybooth generate rex "a photo of {subject} on the beach"
+
+      raybooth generate rex@v2 --prompts prompts.txt -n 8 --seed 7 --out out/ --json
+
+      raybooth generate base "a photo of a dog"
+    """
+    with reporting(as_json, debug) as output:
+        from serving.generate import generate as draw
+
+        from cluster.storage import Storage
+        from orchestrator.progress import open_stages
+
+        wanted = [*(prompts or []), *(_read_prompts(prompts_file) if prompts_file else [])]
+        if not wanted:
+            raise UserError(
+                "no prompt was given", "", 'add one, such as "a photo of {subject}", or --prompts FILE'
+            )
+        name, _, version = subject.partition("@")
+        with open_stages().stage(f"drawing {subject}", len(wanted) * n) as stage:
+            result = draw(
+                Storage(storage_root(storage)),
+                name,
+                version or None,
+                wanted,
+                n=n,
+                seed=seed,
+                negative_prompt=negative_prompt,
+                steps=steps,
+                guidance=guidance,
+                sampler=sampler,
+                eta=eta,
+                out=out,
+                base=base,
+                on_images=stage.at,
+            )
+        output.result = {"images": [str(p) for p in result.images], "seeds": result.seeds}
+        if result.grid:
+            output.result["grid"] = str(result.grid)
+        output.say(f"{len(result.images)} images in {out.absolute()}")
+        if result.grid:
+            output.say(f"  all of them: {result.grid}")
+
+
+def _read_prompts(file: Path) -> list[str]:
+    """The prompts of a text file: one a line, blank lines and `#` comments skipped."""
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"the prompts file {file} cannot be read", str(error), "give a UTF-8 text file"
+        ) from error
+    return [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+
+
+def demo(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder that takes the contact sheet.")] = Path(
+        "demo-out"
+    ),
+    method: Annotated[str, typer.Option("--method", help="lora or full.")] = "lora",
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Train the shipped subject and write a contact sheet: photos, class prior, before and after.
+
+    Example:
+
+      raybooth demo --out demo-out
+    """
+    with reporting(as_json, debug) as output:
+        from orchestrator.demo import run_demo
+        from orchestrator.progress import open_stages
+
+        result = run_demo(out, method, open_stages())
+        output.result = {"sheet": str(result.sheet), **result.outcome.as_json()}
+        output.say(f"the contact sheet: {result.sheet}")

@@ -1,0 +1,137 @@
+"""This file is where the commands over registered subjects read their options."""
+
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from orchestrator.cli_output import DebugOption, JsonOption, StorageOption, reporting, storage_root
+
+app = typer.Typer(
+    help="List trained subjects, show one, choose which version is served.", no_args_is_help=True
+)
+SubjectName = Annotated[str, typer.Argument(help="Name of the subject.", metavar="NAME")]
+
+
+@app.command("list")
+def list_subjects(
+    storage: StorageOption = "", as_json: JsonOption = False, debug: DebugOption = False
+) -> None:
+    """List the trained subjects.
+
+    Example:
+
+      raybooth subjects list --json
+    """
+    with reporting(as_json, debug) as output:
+        from cluster.registry import Registry
+        from cluster.storage import Storage
+
+        registry = Registry(Storage(storage_root(storage)))
+        shown = [registry.show(name) for name in registry.names()]
+        output.result = {"subjects": shown}
+        table = Table("subject", "class", "champion", "versions", "method", "base", box=None, pad_edge=False)
+        for subject in shown:
+            champion = subject["aliases"].get("champion", "")
+            entry = subject["versions"].get(champion, {})
+            cells = (entry.get(key, "") for key in ("method", "base"))
+            table.add_row(
+                subject["name"],
+                entry.get("class", ""),
+                champion,
+                str(len(subject["versions"])),
+                *map(str, cells),
+            )
+        if shown:
+            output.console.print(table)
+        else:
+            output.say("no subject is trained here yet: raybooth train DIR --class NOUN")
+
+
+@app.command()
+def show(
+    name: SubjectName, storage: StorageOption = "", as_json: JsonOption = False, debug: DebugOption = False
+) -> None:
+    """Show a subject's versions.
+
+    Example:
+
+      raybooth subjects show rex
+    """
+    with reporting(as_json, debug) as output:
+        from cluster.registry import Registry
+        from cluster.storage import Storage
+
+        root = Storage(storage_root(storage))
+        subject = Registry(root).show(name)
+        output.result = subject
+        table = Table("version", "", "created", "method", "loss", "artifact", box=None, pad_edge=False)
+        for version, entry in subject["versions"].items():
+            aliases = " ".join(alias for alias, target in subject["aliases"].items() if target == version)
+            loss = entry.get("metrics", {}).get("loss_subject")
+            table.add_row(
+                version,
+                aliases,
+                str(entry.get("created", "")),
+                str(entry.get("method", "")),
+                "" if loss is None else f"{loss:.4f}",
+                root.full(entry["artifact"]),
+            )
+        output.console.print(table)
+
+
+@app.command()
+def promote(
+    name: SubjectName,
+    version: Annotated[str, typer.Argument(help="The version to serve, such as v2.", metavar="VERSION")],
+    storage: StorageOption = "",
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Make a version the champion: the one that is served.
+
+    Example:
+
+      raybooth subjects promote rex v2
+    """
+    with reporting(as_json, debug) as output:
+        from cluster.registry import Registry
+        from cluster.storage import Storage
+
+        registry = Registry(Storage(storage_root(storage)))
+        registry.promote(name, version)
+        output.result = _mirrored(registry.show(name))
+        output.say(f"{name}: {version} is champion")
+
+
+@app.command()
+def rollback(
+    name: SubjectName, storage: StorageOption = "", as_json: JsonOption = False, debug: DebugOption = False
+) -> None:
+    """Make the champion before this one champion again.
+
+    Example:
+
+      raybooth subjects rollback rex
+    """
+    with reporting(as_json, debug) as output:
+        from cluster.registry import Registry
+        from cluster.storage import Storage
+
+        registry = Registry(Storage(storage_root(storage)))
+        registry.rollback(name)
+        output.result = _mirrored(registry.show(name))
+        output.say(f"{name}: {output.result['aliases']['champion']} is champion again")
+
+
+def _mirrored(subject: dict[str, object]) -> dict[str, object]:
+    """Moves MLflow's alias too, where the version was registered there."""
+    from typing import Any, cast
+
+    from orchestrator.tracking import mirror_alias
+
+    shown = cast("dict[str, Any]", subject)
+    entry = shown["versions"][shown["aliases"]["champion"]]
+    if entry.get("mlflow_version"):
+        mirror_alias(entry["mlflow_uri"], shown["name"], entry["mlflow_version"])
+    return subject

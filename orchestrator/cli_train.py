@@ -1,0 +1,156 @@
+"""This file is where the commands that train, and say what training would do, read their options."""
+
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from orchestrator.cli_output import DebugOption, JsonOption, StorageOption, reporting, storage_root
+
+Images = Annotated[
+    list[str] | None, typer.Argument(help="A folder of photos, or photo files.", metavar="DIR|FILE...")
+]
+ClassNoun = Annotated[
+    str, typer.Option("--class", help="The subject's class noun, such as dog.", metavar="NOUN")
+]
+Name = Annotated[str, typer.Option("--name", help="Name of the subject; the folder's name by default.")]
+BaseModel = Annotated[
+    str, typer.Option("--base", help="pocket, a folder in diffusers layout, or HUB_ID\\[@REV].")
+]
+Method = Annotated[str, typer.Option("--method", help="lora or full.")]
+Config = Annotated[Path | None, typer.Option("--config", "-c", help="A run.yaml; flags go before it.")]
+Sets = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Any setting, such as train.steps=150; repeatable.", metavar="K=V"),
+]
+Address = Annotated[
+    str,
+    typer.Option(
+        "--address", envvar="RAY_ADDRESS", help="Ray cluster to join; none starts a private local one."
+    ),
+]
+
+
+def _flags(
+    images: list[str] | None, class_noun: str, name: str, base: str, method: str, config: Path | None
+) -> dict[str, Any]:
+    """The options as a nested spec; only what was given."""
+    subject: dict[str, Any] = {}
+    if images:
+        subject["images"] = list(images)
+    if class_noun:
+        subject["class"] = class_noun
+    if name:
+        subject["name"] = name
+    elif images and config is None:
+        subject["name"] = _name_of(images)
+    flags: dict[str, Any] = {"subject": subject} if subject else {}
+    if base:
+        model, _, revision = base.partition("@") if not Path(base).exists() else (base, "", "")
+        flags["base"] = {"model": model, **({"revision": revision} if revision else {})}
+    if method:
+        flags["train"] = {"method": method}
+    return flags
+
+
+def _name_of(images: list[str]) -> str:
+    """A subject's name from its folder, or from the folder of its first photo."""
+    first = Path(images[0]).expanduser().absolute()
+    folder = first.name if first.is_dir() or not first.suffix else first.parent.name
+    return re.sub(r"[^a-z0-9_-]+", "-", folder.lower()).strip("-_")[:63] or "subject"
+
+
+def train(
+    images: Images = None,
+    class_noun: ClassNoun = "",
+    name: Name = "",
+    base: BaseModel = "",
+    method: Method = "",
+    config: Config = None,
+    sets: Sets = None,
+    new_version: Annotated[
+        bool, typer.Option("--new-version", help="Train again although this very version is there.")
+    ] = False,
+    storage: StorageOption = "",
+    address: Address = "",
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Train one subject from 3-5 photos.
+
+    The same command again goes on after a crash, and does nothing after success.
+
+    Examples:
+
+      raybooth train ./rex --class dog
+
+      raybooth train a.jpg b.jpg c.jpg --class teapot --name pot --method full --set train.steps=400
+
+      raybooth train --config run.yaml --storage s3://bucket/booth --json
+    """
+    with reporting(as_json, debug) as output:
+        from cluster.storage import Storage
+        from orchestrator.spec import load_run
+
+        run = load_run(config, _flags(images, class_noun, name, base, method, config), sets or [])
+        root = Storage(storage_root(storage))
+        from orchestrator.campaign import train_subject
+        from orchestrator.progress import open_stages
+
+        outcome = train_subject(run, root, open_stages(), address or None, new_version)
+        output.result = outcome.as_json()
+        if outcome.already_there:
+            output.say(
+                f"{outcome.subject} {outcome.version} is trained already: nothing to do (--new-version trains)"
+            )
+        else:
+            output.say(f"{outcome.subject} {outcome.version} is ready in {outcome.seconds:.0f} s")
+        output.say(f"  artifact: {outcome.artifact}")
+        output.say(f'  draw it:  raybooth generate {outcome.subject} "a photo of {{subject}}"')
+
+
+def plan(
+    images: Images = None,
+    class_noun: ClassNoun = "",
+    name: Name = "",
+    base: BaseModel = "",
+    method: Method = "",
+    config: Config = None,
+    sets: Sets = None,
+    storage: StorageOption = "",
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Say what `train` would do - stages, steps, what is cached, sizes - without starting Ray.
+
+    Examples:
+
+      raybooth plan ./rex --class dog --set train.steps=400
+
+      raybooth plan --config run.yaml --json
+    """
+    with reporting(as_json, debug) as output:
+        from cluster.storage import Storage
+        from orchestrator.plan import plan_run
+        from orchestrator.spec import load_run
+
+        run = load_run(config, _flags(images, class_noun, name, base, method, config), sets or [])
+        planned = plan_run(run, Storage(storage_root(storage)))
+        output.result = planned.as_json()
+        for line in planned.lines():
+            output.say(line)
+
+
+def schema() -> None:
+    """Print the JSON Schema of run.yaml, for editors.
+
+    Example:
+
+      raybooth schema > run.schema.json
+    """
+    import json
+
+    from orchestrator.spec import run_schema
+
+    print(json.dumps(run_schema(), indent=2))

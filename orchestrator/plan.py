@@ -1,0 +1,172 @@
+"""This file is where a run is foretold: what is there, what is missing, how large it gets. Nothing is written."""
+
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+
+from cluster.storage import Storage
+from orchestrator.prepare import Prepared, destination, prepare
+from training.artifact import artifact_path
+from training.pipeline import BaseInfo, empty_text_encoder, empty_unet
+from training.prior import prior_count, prior_images
+from training.recipe import Run
+from training.stream import missing_shards
+
+BYTES_PER_WEIGHT = 4  # artifacts are fp32
+
+
+@dataclass(frozen=True)
+class PriorPlan:
+    """Class images: which set, how many of it are there."""
+
+    key: str
+    wanted: int
+    present: int
+    latents_cached: bool
+
+    @property
+    def missing(self) -> int:
+        """Images still to be drawn."""
+        return self.wanted - self.present
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `raybooth train` would do with the same spec."""
+
+    subject: str
+    version: str
+    state: str
+    """`new`, `unfinished` (it would go on) or `succeeded` (there is nothing to do)."""
+    method: str
+    base: str
+    base_revision: str
+    image_size: int
+    identifier: str
+    photos: int
+    training_images: int
+    latents_cached: bool
+    prior: PriorPlan | None
+    steps: int
+    pairs_per_step: int
+    resume_from: int
+    checkpoint_every: int
+    workers: int
+    trained_parameters: int
+    artifact: str
+    artifact_bytes: int
+    fingerprint: str
+    notes: list[str]
+
+    def as_json(self) -> dict[str, Any]:
+        """The JSON object of `raybooth plan`."""
+        prior = {**asdict(self.prior), "missing": self.prior.missing} if self.prior else None
+        return {**asdict(self), "prior": prior}
+
+    def lines(self) -> list[str]:
+        """The same for people."""
+        does = {"new": "", "unfinished": ", goes on", "succeeded": ", nothing to do"}[self.state]
+        prior = "none, prior.weight is 0"
+        if self.prior:
+            cached = ", latents cached" if self.prior.latents_cached else ""
+            prior = f"{self.prior.missing} of {self.prior.wanted} to draw (set {self.prior.key}){cached}"
+        return [
+            f"{self.subject} {self.version}{does}: {self.method} on {self.base} at {self.image_size} pixels",
+            f"  photos        {self.photos}, {self.training_images} training images, latents "
+            + ("cached" if self.latents_cached else "to encode"),
+            f"  class images  {prior}",
+            f"  training      steps {self.resume_from + 1} to {self.steps}, {self.pairs_per_step} pairs a step, "
+            f"{self.workers} workers, a checkpoint every {self.checkpoint_every} steps",
+            f"  artifact      {self.artifact}, about {self.artifact_bytes / 1e6:.1f} MB "
+            f"({self.trained_parameters:,} trained parameters)",
+            *(f"  note: {note}" for note in self.notes),
+        ]
+
+
+def plan_run(run: Run, storage: Storage, new_version: bool = False, device: str = "cpu") -> Plan:
+    """Foretell a run. Its photos are read and checked, no weights are loaded, Ray is not started.
+
+    Args:
+        run: The run.
+        storage: The root to look into; nothing is written there.
+        new_version: As for `train`: plan another version even though this one is trained.
+        device: `cpu` or `cuda`, what class images would be drawn on.
+
+    Raises:
+        UserError: `train` would refuse the run.
+    """
+    with tempfile.TemporaryDirectory(prefix="raybooth-") as scratch:
+        prepared = prepare(run, Storage(scratch), device)
+    goal = destination(storage, prepared.name, prepared.fingerprint, new_version)
+    trained, size = _artifact_size(prepared.base, run)
+    return Plan(
+        subject=prepared.name,
+        version=goal.version,
+        state=goal.state,
+        method=run.train.method,
+        base=run.base.model,
+        base_revision=prepared.base.revision,
+        image_size=prepared.base.image_size,
+        identifier=prepared.identity.identifier,
+        photos=prepared.photos.count,
+        training_images=prepared.photos.count * run.data.variants * (2 if run.data.flip else 1),
+        latents_cached=not missing_shards(storage, prepared.base, prepared.subject_images()),
+        prior=_prior(prepared, storage),
+        steps=run.train.steps,
+        pairs_per_step=run.train.pairs_per_step,
+        resume_from=_last_checkpoint(storage, f"runs/{prepared.name}/{goal.version}/checkpoints"),
+        checkpoint_every=run.checkpoint.every,
+        workers=run.cluster.workers,
+        trained_parameters=trained,
+        artifact=storage.full(artifact_path(prepared.name, goal.version)),
+        artifact_bytes=size,
+        fingerprint=prepared.fingerprint,
+        notes=prepared.notes,
+    )
+
+
+def _prior(prepared: Prepared, storage: Storage) -> PriorPlan | None:
+    key, wanted = prepared.prior_key, prepared.run.prior.num_images
+    if key is None:
+        return None
+    present = min(prior_count(storage, key), wanted)
+    cached = present == wanted and not missing_shards(
+        storage, prepared.base, prior_images(storage, key, wanted)
+    )
+    return PriorPlan(key, wanted, present, cached)
+
+
+def _last_checkpoint(storage: Storage, path: str) -> int:
+    """The step of the newest whole checkpoint, 0 without one."""
+    steps = (name for name in storage.names(path) if storage.manifest(f"{path}/{name}"))
+    return max((int(name.removeprefix("step_")) for name in steps), default=0)
+
+
+def _artifact_size(base: BaseInfo, run: Run) -> tuple[int, int]:
+    """Trained parameters, and bytes of the artifact they are published in; from shapes alone."""
+    unet, text_encoder, train = empty_unet(base), empty_text_encoder(base), run.train
+    if train.method == "lora":
+        trained = _lora_parameters(unet, train.lora.targets, train.lora.rank)
+        if train.text_encoder.train:
+            trained += _lora_parameters(text_encoder, train.lora.text_targets, train.lora.rank)
+        return trained, trained * BYTES_PER_WEIGHT
+    in_unet, in_text = _count(unet.parameters()), _count(text_encoder.parameters())
+    copied = (p for part in ("vae", "tokenizer", "scheduler") for p in (base.path / part).glob("*.*"))
+    size = (in_unet + in_text) * BYTES_PER_WEIGHT + sum(p.stat().st_size for p in copied)
+    return in_unet + (in_text if train.text_encoder.train else 0), size
+
+
+def _lora_parameters(model: nn.Module, targets: Sequence[str], rank: int) -> int:
+    """Parameters of the two factors of every targeted layer: rank * (inputs + outputs)."""
+    ends = tuple(f".{target}" for target in targets)
+    layers = (module for name, module in model.named_modules() if f".{name}".endswith(ends))
+    # a weight is [outputs, inputs, *kernel]; the first factor takes the kernel's place
+    shapes = [layer.weight.shape for layer in layers if isinstance(layer, nn.Linear | nn.Conv2d)]
+    return sum(rank * (shape[0] + shape[1:].numel()) for shape in shapes)
+
+
+def _count(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(p.numel() for p in parameters)

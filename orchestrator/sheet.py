@@ -1,0 +1,79 @@
+"""This file is where pictures are laid side by side, because people would rather look than read.
+
+Images are uint8 [S, S, 3].
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import ceil
+from textwrap import wrap
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+Pixels = NDArray[np.uint8]
+GAP, MARGIN, LABEL = 8, 28, 15
+PAPER, INK, FAINT = (255, 255, 255), (28, 30, 34), (120, 124, 130)
+
+
+def grid(images: Sequence[Pixels], columns: int, gap: int = 2) -> Pixels:
+    """Images in rows of `columns`, on white."""
+    height, width = images[0].shape[:2]
+    rows = ceil(len(images) / columns)
+    canvas = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, 3), 255, dtype=np.uint8)
+    for number, image in enumerate(images):
+        top, left = (number // columns) * (height + gap), (number % columns) * (width + gap)
+        canvas[top : top + height, left : left + width] = image
+    return canvas
+
+
+@dataclass(frozen=True)
+class SheetRow:
+    """One labelled row of a contact sheet; `captions` stand above its images when there are any."""
+
+    title: str
+    note: str
+    images: Sequence[Pixels]
+    captions: Sequence[str] = ()
+
+
+def contact_sheet(title: str, rows: Sequence[SheetRow], tile: int = 144) -> Pixels:
+    """A labelled contact sheet.
+
+    Args:
+        title: Stands on top.
+        rows: From top to bottom.
+        tile: Side of an image in pixels; smaller ones are enlarged smoothly.
+
+    Returns:
+        The sheet, uint8 [H, W, 3].
+    """
+    label_width = 150
+    big, small = ImageFont.load_default(24), ImageFont.load_default(LABEL)
+    columns = max(len(row.images) for row in rows)
+    caption_lines = {
+        id(row): [wrap(text, tile // 8) for text in row.captions] if row.captions else [] for row in rows
+    }
+    heights = [tile + (LABEL + 4) * max(map(len, caption_lines[id(row)]), default=0) for row in rows]
+    width = 2 * MARGIN + label_width + columns * (tile + GAP) - GAP
+    height = 2 * MARGIN + 44 + sum(heights) + (len(rows) - 1) * GAP * 2
+    canvas = Image.new("RGB", (width, height), PAPER)
+    draw = ImageDraw.Draw(canvas)
+    draw.text((MARGIN, MARGIN - 6), title, fill=INK, font=big)
+    top = MARGIN + 44
+    for row, row_height in zip(rows, heights, strict=True):
+        below = top + row_height - tile
+        draw.text((MARGIN, below + 4), row.title, fill=INK, font=ImageFont.load_default(18))
+        for number, line in enumerate(wrap(row.note, label_width // 8)):
+            draw.text((MARGIN, below + 30 + number * (LABEL + 3)), line, fill=FAINT, font=small)
+        for column, image in enumerate(row.images):
+            left = MARGIN + label_width + column * (tile + GAP)
+            if row.captions:
+                for number, line in enumerate(caption_lines[id(row)][column]):
+                    draw.text((left, top + number * (LABEL + 4)), line, fill=FAINT, font=small)
+            picture = Image.fromarray(image)
+            picture = picture.resize((tile, tile), Image.Resampling.LANCZOS)
+            canvas.paste(picture, (left, below))
+        top += row_height + GAP * 2
+    return np.asarray(canvas)

@@ -1,0 +1,204 @@
+"""This file is where what the user wrote becomes a run, or one message that names every mistake in it.
+
+Precedence is defaults < file < flags < `--set`. Paths in a file are relative to the file, those of flags to
+where the command runs.
+"""
+
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+from cluster.errors import UserError, did_you_mean
+from training.prompt import render_prompt
+from training.recipe import Run, merge, with_defaults
+
+
+def load_run(config: Path | None, flags: Mapping[str, Any], sets: Sequence[str]) -> Run:
+    """The run that a file, flags and `--set` describe together.
+
+    Args:
+        config: `run.yaml`; `None` where there is none.
+        flags: Sections as in the YAML; a flag that was not given is `None` and takes no part.
+        sets: `a.b.c=VALUE` each, with VALUE in YAML.
+
+    Raises:
+        UserError: A setting cannot be used; it names its path, what was seen and what is allowed.
+    """
+    raw: Mapping[str, Any] = read_config(config) if config else {}
+    raw = merge(raw, _given(flags))
+    for assignment in sets:
+        raw = merge(raw, _assigned(assignment))
+    return parse_run(raw)
+
+
+def parse_run(raw: Mapping[str, Any]) -> Run:
+    """A run from its sections, laid over the defaults of its base and method; raises as `load_run` does."""
+    try:
+        run = Run.model_validate(with_defaults(raw))
+    except ValidationError as error:
+        raise _explain(error) from None
+    if run.train.method == "full" and "lora" in raw.get("train", {}):
+        raise UserError(
+            "train.lora takes no effect",
+            "train.method is full, which trains the weights themselves",
+            "remove train.lora, or set train.method: lora",
+        )
+    _check_prompts(run)
+    return run
+
+
+def run_schema() -> dict[str, Any]:
+    """The JSON schema of `run.yaml`."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Run.model_json_schema(by_alias=True)}
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The sections of a YAML file, its relative paths made absolute.
+
+    Raises:
+        UserError: It cannot be read, is empty, is not YAML, gives a key twice, or is not a mapping.
+    """
+    try:
+        raw = yaml.load(path.read_text(encoding="utf-8"), _OnceLoader)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read", str(error), "name a YAML file") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not YAML", " ".join(str(error).split()), "mend it there") from error
+    if not isinstance(raw, dict) or not raw:
+        seen = "it is empty" if raw in (None, {}) else f"it is a {type(raw).__name__}"
+        raise UserError(f"{path} has no settings", seen, "write sections such as `train: {steps: 300}`")
+    folder = path.resolve().parent
+    subject, base = raw.get("subject"), raw.get("base")
+    if isinstance(subject, dict) and "images" in subject:
+        images = subject["images"]
+        subject["images"] = (
+            [_anchored(i, folder) for i in images] if isinstance(images, list) else _anchored(images, folder)
+        )
+    if isinstance(base, dict) and str(base.get("model")).startswith("."):  # else `a/b` is a hub id
+        base["model"] = _anchored(base["model"], folder)
+    return raw
+
+
+class _OnceLoader(yaml.SafeLoader):
+    """Refuses a key that is given twice, of which YAML would silently drop the first."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
+        keys = [key.value for key, _ in node.value]
+        for key, _ in node.value:
+            if keys.count(key.value) > 1:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value} is there twice", key.start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
+def _anchored(path: Any, folder: Path) -> Any:
+    if not isinstance(path, str) or "://" in path or path.startswith("~"):
+        return path
+    return str(folder / path)
+
+
+def _given(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """`flags` without those that are `None`, section by section."""
+    parts = ((k, _given(v) if isinstance(v, Mapping) else v) for k, v in flags.items())
+    return {key: value for key, value in parts if value is not None}
+
+
+def _assigned(assignment: str) -> dict[str, Any]:
+    path, equals, text = assignment.partition("=")
+    keys = path.strip().split(".")
+    if not equals or not all(keys):
+        raise UserError(f"--set {assignment} assigns nothing", "", "write --set train.steps=300")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {path} has no value", " ".join(str(error).split()), "quote it") from error
+    for key in reversed(keys):
+        value = {key: value}
+    return dict(value)
+
+
+def _check_prompts(run: Run) -> None:
+    """Every prompt can be rendered, and the training prompt names the subject."""
+    noun = run.subject.class_noun
+    named = [("train.prompt", run.train.prompt, "x"), ("prior.prompt", run.prior.prompt, None)]
+    named += [("validate.prompts", prompt, "x") for prompt in run.validate_.prompts]
+    for path, prompt, identifier in named:
+        try:
+            render_prompt(prompt, noun, identifier)
+        except UserError as error:
+            raise UserError(f"{path}: {error.what}", error.seen, error.do) from None
+    if "{subject}" not in run.train.prompt:
+        raise UserError(
+            "train.prompt does not name the subject", repr(run.train.prompt), "say {subject} in it"
+        )
+
+
+# -- pydantic's errors, for people -------------------------------------------------------------------------
+
+
+def _explain(error: ValidationError) -> UserError:
+    """One error out of pydantic's list; several alternatives of one setting become one line."""
+    mistakes: dict[str, tuple[str, str, str]] = {}
+    for detail in error.errors(include_url=False):
+        path, field = _setting(detail["loc"])
+        what, seen = f"{path} cannot be used", f"it is {detail['input']!r}"
+        _, expected, wants = detail["msg"].partition(", unable")[0].partition("Input should be ")
+        if detail["type"] == "extra_forbidden":
+            mistake = (f"{path} is not a setting", f"it was given {detail['input']!r}", _suggestion(path))
+        elif detail["type"] == "missing":
+            mistake = (f"{path} is missing", "", f"give it in the YAML or with --set {path}=...")
+        elif detail["type"] == "model_type":
+            mistake = (what, seen, "it is a section with settings in it")
+        elif path in mistakes:
+            mistake = (what, seen, f"{mistakes[path][2]} or {wants}")
+        else:
+            mistake = (what, seen, f"allowed is {wants}" if expected else str(field and field.description))
+        mistakes[path] = mistake
+    if len(mistakes) == 1:
+        return UserError(*next(iter(mistakes.values())))
+    lines = "; ".join(": ".join(part for part in mistake if part) for mistake in mistakes.values())
+    return UserError(
+        f"{len(mistakes)} settings cannot be used", lines, "`raybooth schema` lists all settings"
+    )
+
+
+def _setting(loc: Sequence[str | int]) -> tuple[str, FieldInfo | None]:
+    """A setting's path as it is in the YAML, without the names of union members, and its field."""
+    path: list[str] = []
+    fields: dict[str, FieldInfo] | None = _fields(Run)
+    field: FieldInfo | None = None
+    for part in loc:
+        if fields is not None:
+            field = fields.get(str(part))
+            fields = _fields(field.annotation) if field else None
+            path.append(str(part))
+        elif isinstance(part, int):
+            path.append(str(part))
+    return ".".join(path), field
+
+
+def _fields(model: Any) -> dict[str, FieldInfo] | None:
+    """The settings of a section by their YAML key; `None` for what is not a section."""
+    if not (isinstance(model, type) and issubclass(model, BaseModel)):
+        return None
+    return {field.alias or name: field for name, field in model.model_fields.items()}
+
+
+def _all_paths(model: Any = Run, prefix: str = "") -> Iterator[str]:
+    for key, field in (_fields(model) or {}).items():
+        yield prefix + key
+        yield from _all_paths(field.annotation, f"{prefix}{key}.")
+
+
+def _suggestion(path: str) -> str:
+    """The nearest setting in the same section, else those of the same name elsewhere, else what there is."""
+    section, _, key = path.rpartition(".")
+    beside = [p.rpartition(".")[2] for p in _all_paths() if p.rpartition(".")[0] == section]
+    elsewhere = [p for p in _all_paths() if p.rpartition(".")[2] == key]
+    near = did_you_mean(key, beside)
+    return near if "did you mean" in near or not elsewhere else f"did you mean {' or '.join(elsewhere)}?"

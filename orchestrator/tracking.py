@@ -1,0 +1,184 @@
+"""This file is where figures leave for MLflow and TensorBoard. The record is ours; what is here mirrors it."""
+
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+from cluster.storage import Storage
+
+MIRROR_LIMIT_MIB = 64  # a larger artifact is named in MLflow, not copied there
+ALIAS = "champion"
+
+
+class Tracker(Protocol):
+    """Takes the figures of one run."""
+
+    def metrics(self, rows: Sequence[Mapping[str, float]]) -> None:
+        """Figures of steps; every row has a `step`."""
+        ...
+
+    def image(self, name: str, png: bytes, step: int) -> None:
+        """A picture, such as a sample grid."""
+        ...
+
+    def finish(self, succeeded: bool) -> None:
+        """Nothing more comes."""
+        ...
+
+
+def tracking_uri(storage: Storage, setting: str | None) -> str:
+    """The MLflow URI of a run: the setting, else MLFLOW_TRACKING_URI, else SQLite in the storage root.
+
+    A remote root cannot hold a SQLite file, so there the file lies in the working folder.
+    """
+    folder = Path(storage.uri) if storage.is_local else Path.cwd()
+    return setting or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{folder / 'mlflow.db'}"
+
+
+class MlflowTracker:
+    """One MLflow run; goes on with `run_id` when there is one, so a restart does not make a second.
+
+    Args:
+        uri: Tracking URI.
+        experiment: Experiment name, made when missing.
+        storage: Where artifacts go when the experiment is made here on local files.
+        run_name: Name of the run in MLflow.
+        params: Flat parameters.
+        tags: Lineage.
+        run_id: The run to go on with.
+    """
+
+    def __init__(
+        self,
+        uri: str,
+        experiment: str,
+        storage: Storage,
+        run_name: str,
+        params: Mapping[str, Any],
+        tags: Mapping[str, str],
+        run_id: str | None,
+    ) -> None:
+        # Heavy, and only a run needs it. The run environment would otherwise be asked for git and a progress bar.
+        from mlflow import MlflowClient
+        from mlflow.entities import Metric, Param, RunTag
+
+        self._metric = Metric
+        self.client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+        if run_id:
+            self.run_id = run_id
+            self.client.update_run(run_id, status="RUNNING")
+            return
+        found = self.client.get_experiment_by_name(experiment)
+        location = f"file://{storage.uri}/mlflow" if uri.startswith("sqlite:") and storage.is_local else None
+        experiment_id = (
+            found.experiment_id
+            if found
+            else self.client.create_experiment(experiment, artifact_location=location)
+        )
+        run = self.client.create_run(experiment_id, run_name=run_name)
+        self.run_id = str(run.info.run_id)
+        self.client.log_batch(
+            self.run_id,
+            params=[Param(key, str(value)[:6000]) for key, value in params.items()],
+            tags=[RunTag(key, value) for key, value in tags.items()],
+        )
+
+    def metrics(self, rows: Sequence[Mapping[str, float]]) -> None:
+        now_ms = int(time.time() * 1000)
+        values = [
+            self._metric(key, float(value), now_ms, int(row["step"]))
+            for row in rows
+            for key, value in row.items()
+            if key != "step"
+        ]
+        for start in range(0, len(values), 1000):  # MLflow's limit per call
+            self.client.log_batch(self.run_id, metrics=values[start : start + 1000])
+
+    def image(self, name: str, png: bytes, step: int) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / f"{name}_{step:06d}.png"
+            file.write_bytes(png)
+            self.client.log_artifact(self.run_id, str(file), "samples")
+
+    def finish(self, succeeded: bool) -> None:
+        self.client.set_terminated(self.run_id, "FINISHED" if succeeded else "FAILED")
+
+    def register(self, name: str, version: str, storage: Storage, path: str) -> str:
+        """Register a published artifact as a model version with the alias `champion`.
+
+        Returns:
+            MLflow's number of the version.
+        """
+        from mlflow.exceptions import MlflowException
+
+        manifest = storage.manifest(path) or {"files": {}}
+        small = sum(f["size"] for f in manifest["files"].values()) <= MIRROR_LIMIT_MIB * 2**20
+        with storage.verified(path) if small else _manifest_alone(storage, path) as folder:
+            self.client.log_artifacts(self.run_id, str(folder), "artifact")
+        try:
+            self.client.create_registered_model(name)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        source = f"{self.client.get_run(self.run_id).info.artifact_uri}/artifact"
+        tags = {"raybooth.version": version, "raybooth.artifact": storage.full(path)}
+        number = str(self.client.create_model_version(name, source, self.run_id, tags=tags).version)
+        self.client.set_registered_model_alias(name, ALIAS, number)
+        return number
+
+
+@contextmanager
+def _manifest_alone(storage: Storage, path: str) -> Iterator[Path]:
+    """A folder that holds the manifest of an artifact too large to copy."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "manifest.json").write_bytes(storage.read(f"{path}/manifest.json"))
+        yield Path(folder)
+
+
+def mirror_alias(uri: str, name: str, number: str) -> None:
+    """Move MLflow's alias `champion` of a subject to a version number."""
+    from mlflow import MlflowClient
+
+    MlflowClient(tracking_uri=uri, registry_uri=uri).set_registered_model_alias(name, ALIAS, number)
+
+
+class TensorBoardTracker:
+    """TensorBoard event files in `folder`.
+
+    Args:
+        folder: A local folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(folder))
+
+    def metrics(self, rows: Sequence[Mapping[str, float]]) -> None:
+        for row in rows:
+            for key, value in row.items():
+                if key != "step":
+                    self.writer.add_scalar(key, float(value), int(row["step"]))
+
+    def image(self, name: str, png: bytes, step: int) -> None:
+        from training.png import decode_png
+
+        self.writer.add_image(name, decode_png(png), step, dataformats="HWC")
+
+    def finish(self, succeeded: bool) -> None:
+        self.writer.close()
+
+
+def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as `a.b.c` keys."""
+    flat: dict[str, Any] = {}
+    for key, inner in value.items():
+        if isinstance(inner, Mapping):
+            flat |= flatten(inner, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = inner
+    return flat
