@@ -1,5 +1,8 @@
 """This file is where the errors that people read are defined: what happened, what was seen, what to do."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class RayboothError(Exception):
     """An error for people. Positional and stored, so that it survives pickling between processes.
@@ -34,3 +37,12 @@ class UserError(RayboothError):
 
 class SystemFailure(RayboothError):
     """Our fault or the cluster's: a lost worker, a full disk, a broken file. Exit code 1."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """What to do about an unknown word: the nearest known one, or all of them; empty when none is known."""
+    names = sorted(known)
+    close = difflib.get_close_matches(word, names, n=1)
+    if close:
+        return f"did you mean {close[0]}?"
+    return f"known are {', '.join(names[:20])}{', ...' if len(names) > 20 else ''}" if names else ""

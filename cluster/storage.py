@@ -1,7 +1,7 @@
 """This file is where bytes last: one storage root, local or remote, behind pyarrow.
 
-Nothing half-written is ever visible: a single object is written aside and renamed (an object store's put is atomic
-already), a folder is published with its manifest last, and readers trust the manifest, not the folder.
+Nothing half-written is ever visible: a single object is written aside and renamed (an object store's put is
+atomic already), a folder is published with its manifest last, and readers trust the manifest, not the folder.
 """
 
 import fcntl
@@ -202,16 +202,16 @@ class Storage:
     # -- folders -------------------------------------------------------------------------------------------
 
     def publish(self, folder: Path, path: str, meta: Mapping[str, Any]) -> dict[str, Any]:
-        """Publish a local folder under `path` with a manifest; visible whole or not at all. Returns the manifest.
+        """Publish a local folder under `path` with a manifest, which is returned; visible whole or not at all.
 
-        A folder that is there already is kept when its manifest lists the same files, and replaced otherwise.
+        A folder that is there already is replaced.
         """
         manifest = folder_manifest(folder, meta)
         text = json.dumps(manifest, indent=2, ensure_ascii=False).encode() + b"\n"
         if self.is_local:
             target = Path(self._at(path))
             target.parent.mkdir(parents=True, exist_ok=True)
-            aside = target.with_name(f"{_TEMPORARY}{uuid.uuid4().hex}")
+            aside, before = (target.with_name(f"{_TEMPORARY}{uuid.uuid4().hex}") for _ in range(2))
             try:
                 shutil.copytree(folder, aside)
                 (aside / MANIFEST).write_bytes(text)
@@ -219,10 +219,11 @@ class Storage:
                     with file.open("rb") as stream:
                         os.fsync(stream.fileno())
                 if target.exists():
-                    shutil.rmtree(target)
+                    target.rename(before)
                 aside.rename(target)
             finally:
                 shutil.rmtree(aside, ignore_errors=True)
+                shutil.rmtree(before, ignore_errors=True)
         else:
             self.remove(path)
             for name in manifest["files"]:

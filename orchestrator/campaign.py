@@ -10,28 +10,29 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
-
-from cluster.mailbox import create_mailbox
-from cluster.session import cluster_shape, session
-from training.artifact import artifact_path
-from training.gang import GangShape, run_gang
-from training.lease import Lease
-from training.png import decode_png, encode_png
+from uuid import uuid4
 
 from cluster.errors import RayboothError, SystemFailure
+from cluster.mailbox import create
 from cluster.registry import Registry
+from cluster.session import gpu_count, sees_gpu, session
 from cluster.storage import Storage
 from orchestrator.events import EventLog, GangThread
 from orchestrator.prepare import Destination, Prepared, destination, one_at_a_time, prepare, record_path
 from orchestrator.progress import Stage, Stages
-from orchestrator.sheet import grid
 from orchestrator.tracking import MlflowTracker, TensorBoardTracker, Tracker, flatten, tracking_uri
-from training.prior import DRAW_WIDTH, draw_prior, prior_count, prior_images
+from training.artifact import artifact_path
+from training.draw import DRAW_WIDTH
+from training.gang import GangShape, run_gang
+from training.lease import Lease
+from training.png import decode_png, encode_png, grid
+from training.prior import draw_prior, prior_count, prior_images
 from training.prompt import render_prompt
 from training.recipe import Run
 from training.stream import ImageSet, Pool, draw_pngs, encode, latent_refs, missing_shards
 
-POLL_S = 0.2  # how often the controller looks into the mailbox; a bar feels live at 5 Hz
+POLL_S = 0.2  # a bar feels live at 5 Hz
+STOP_S = 30  # a gang that was told to stop ends within one step and its clean-up
 
 
 @dataclass
@@ -75,7 +76,7 @@ def train_subject(
     """
     storage.check_writable()
     with storage.lock_or_refuse(f"locks/train-{run.subject.name}", one_at_a_time(run.subject.name)):
-        prepared = prepare(run, storage)
+        prepared = prepare(run, storage, _device(run, address, storage))
         for note in prepared.notes:
             stages.note(f"note: {note}")
         goal = destination(storage, prepared.name, prepared.fingerprint, new_version)
@@ -84,6 +85,16 @@ def train_subject(
         if goal.state == "unfinished":
             stages.note(f"{prepared.name} {goal.version} was not finished: going on with it")
         return _Campaign(storage, stages, prepared, goal).run(address)
+
+
+def _device(run: Run, address: str | None, storage: Storage) -> str:
+    """What class images will be drawn on, `cpu` or `cuda`; it is part of the address of their set."""
+    if run.cluster.gpus_per_worker == 0:
+        return "cpu"
+    if not address:
+        return "cuda" if sees_gpu() else "cpu"
+    with session(address, 0, storage):
+        return "cuda" if gpu_count() else "cpu"
 
 
 def _finished_before(storage: Storage, prepared: Prepared, goal: Destination) -> Outcome:
@@ -120,9 +131,11 @@ class _Campaign:
         self._becomes("preparing")
         tracker, others = self._trackers()
         try:
-            with session(address, cluster.workers * cluster.cpus_per_worker + 2, self.storage) as ray_session:
-                shape = cluster_shape(ray_session, cluster)
-                pool = Pool(gpus=1.0 if shape.gpus_per_worker else 0.0)
+            with session(address, cluster.workers * cluster.cpus_per_worker + 2, self.storage):
+                wanted = cluster.gpus_per_worker
+                gpus = float(gpu_count() > 0) if wanted == "auto" else wanted
+                shape = GangShape(cluster.workers, cluster.cpus_per_worker, gpus)
+                pool = Pool(gpus=1.0 if gpus else 0.0)
                 subject, prior = self._images(pool)
                 metrics = self._train(shape, subject, prior, [tracker, *others])
                 self._becomes("publishing")
@@ -219,7 +232,7 @@ class _Campaign:
             class_latents=latent_refs(self.storage, base, prior, run.prior.num_images) if prior else [],
             subject_ids=self.prepared.subject_ids,
             class_ids=self.prepared.class_ids,
-            identity=vars(self.prepared.identity),
+            identity=self.prepared.identity.as_json(),
             meta={"fingerprint": self.prepared.fingerprint, "prior_key": self.prepared.prior_key},
         )
         self._becomes("training")
@@ -229,38 +242,38 @@ class _Campaign:
     def _watch(
         self, shape: GangShape, lease: Lease, stage: Stage, trackers: list[Tracker]
     ) -> Mapping[str, float]:
-        mailbox = create_mailbox()
-        gang = GangThread(lambda: run_gang(mailbox.name, shape))
+        mailbox_name = f"raybooth-{lease.name}-{lease.version}-{uuid4().hex[:8]}"
+        mailbox = create(mailbox_name)
+        gang = GangThread(lambda: run_gang(mailbox_name, shape))
         events = EventLog(self.storage, f"{self.run_path}/events.jsonl")
-        gang.start()
         mailbox.post(lease)
+        gang.start()
         try:
             while True:
                 alive = gang.is_alive()
-                for event in mailbox.drain():
-                    kind, payload = event["kind"], event["payload"]
-                    rows = events.add(kind, payload)
-                    if kind == "steps" and rows:
-                        last = rows[-1]
-                        stage.at(int(last["step"]), _figures(last))
-                        for tracker in trackers:
-                            tracker.metrics(rows)
-                    elif kind == "note":
-                        self.stages.note(str(payload["text"]))
-                    elif kind == "published":
-                        return dict(payload["metrics"])
-                    elif kind == "failed":
-                        raise SystemFailure(payload["what"], payload["seen"], payload["do"])
+                heard = mailbox.drain(POLL_S)
+                rows = events.add(heard)
+                for tracker in trackers:
+                    tracker.metrics(rows)
+                if rows:
+                    stage.at(int(rows[-1]["step"]), _figures(rows[-1]))
+                for event in heard:
+                    if event.kind == "note":
+                        self.stages.note(str(event.payload["text"]))
+                    elif event.kind == "published":
+                        return dict(event.payload["metrics"])
+                    elif event.kind == "failed":
+                        raise SystemFailure(*(str(event.payload[key]) for key in ("what", "seen", "do")))
                 if not alive:
                     raise SystemFailure(
                         "the gang ended before the run did",
                         str(gang.error or ""),
                         "run the same command again",
                     )
-                time.sleep(POLL_S)
         finally:
             mailbox.stop()
-            gang.join(timeout=60)
+            gang.join(timeout=STOP_S)
+            mailbox.close()
 
     def _publish(self, tracker: MlflowTracker, metrics: Mapping[str, float]) -> None:
         """Register the artifact: our record first, which serving reads; MLflow mirrors it."""

@@ -10,7 +10,7 @@ import typer
 from orchestrator.cli_draw import demo, generate
 from orchestrator.cli_prior import app as prior_app
 from orchestrator.cli_subjects import app as subjects_app
-from orchestrator.cli_train import plan, schema, train
+from orchestrator.cli_train import doctor, plan, schema, train
 
 app = typer.Typer(
     name="raybooth",
@@ -46,6 +46,7 @@ app.add_typer(prior_app, name="prior")
 app.command()(plan)
 app.command()(schema)
 app.command()(demo)
+app.command()(doctor)
 
 
 def main() -> None:

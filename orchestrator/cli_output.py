@@ -7,6 +7,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -44,6 +45,10 @@ class Output:
 def reporting(as_json: bool, debug: bool) -> Iterator[Output]:
     """Runs a command: prints its result, or its error in three parts, and exits with the contract's code."""
     output = Output(as_json)
+    if not Path("/dev/nvidiactl").exists():
+        os.environ.setdefault(
+            "DS_ACCELERATOR", "cpu"
+        )  # DeepSpeed would tell the terminal that it found no GPU
     try:
         yield output
     except RayboothError as error:

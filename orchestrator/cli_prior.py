@@ -71,9 +71,7 @@ def show(
         for name, value in manifest["spec"].items():
             output.say(f"  {name}: {value}")
         if sheet:
-            from training.png import decode_png, encode_png
-
-            from orchestrator.sheet import grid
+            from training.png import decode_png, encode_png, grid
             from training.prior import prior_pngs
 
             images = [decode_png(png) for png in prior_pngs(root, keys[0], manifest["count"])]

@@ -1,6 +1,6 @@
 """This file is where the commands over registered subjects read their options."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
@@ -124,14 +124,11 @@ def rollback(
         output.say(f"{name}: {output.result['aliases']['champion']} is champion again")
 
 
-def _mirrored(subject: dict[str, object]) -> dict[str, object]:
+def _mirrored(subject: dict[str, Any]) -> dict[str, Any]:
     """Moves MLflow's alias too, where the version was registered there."""
-    from typing import Any, cast
-
     from orchestrator.tracking import mirror_alias
 
-    shown = cast("dict[str, Any]", subject)
-    entry = shown["versions"][shown["aliases"]["champion"]]
+    entry = subject["versions"][subject["aliases"]["champion"]]
     if entry.get("mlflow_version"):
-        mirror_alias(entry["mlflow_uri"], shown["name"], entry["mlflow_version"])
+        mirror_alias(entry["mlflow_uri"], subject["name"], entry["mlflow_version"])
     return subject

@@ -47,7 +47,9 @@ def _flags(
         subject["name"] = _name_of(images)
     flags: dict[str, Any] = {"subject": subject} if subject else {}
     if base:
-        model, _, revision = base.partition("@") if not Path(base).exists() else (base, "", "")
+        # workers have another working folder than the one a path was typed in
+        folder = Path(base).expanduser()
+        model, _, revision = (str(folder.resolve()), "", "") if folder.exists() else base.partition("@")
         flags["base"] = {"model": model, **({"revision": revision} if revision else {})}
     if method:
         flags["train"] = {"method": method}
@@ -154,3 +156,31 @@ def schema() -> None:
     from orchestrator.spec import run_schema
 
     print(json.dumps(run_schema(), indent=2))
+
+
+def doctor(
+    base: Annotated[str, typer.Option("--base", help="The base to look at.")] = "pocket",
+    ray: Annotated[bool, typer.Option("--ray/--no-ray", help="Also start a private Ray.")] = True,
+    storage: StorageOption = "",
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Examine this machine: versions, memory, storage, base, Ray.
+
+    Example:
+
+      raybooth doctor --storage ./raybooth-data
+    """
+    with reporting(as_json, debug) as output:
+        from cluster.errors import UserError
+        from orchestrator.doctor import examine
+
+        findings = []
+        for finding in examine(storage_root(storage), base, ray):
+            findings.append(finding)
+            output.say(f"{'ok  ' if finding.ok else 'BAD '} {finding.name:<10} {finding.seen}")
+        output.result = {"findings": [finding.as_json() for finding in findings]}
+        bad = [finding for finding in findings if not finding.ok]
+        if bad:
+            seen = "; ".join(f"{finding.name}: {finding.seen}" for finding in bad)
+            raise UserError("this machine is not ready", seen, "; ".join(finding.do for finding in bad))

@@ -5,17 +5,17 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from pocket.subject import SUBJECT_CLASS, SUBJECT_NAME, write_photos
-from training.artifact import open_artifact
-from training.draw import Drawer, DrawRequest
-from training.png import decode_png, encode_png
 
 from cluster.storage import Storage
 from orchestrator.campaign import Outcome, train_subject
 from orchestrator.progress import Stages
 from orchestrator.sheet import Pixels, SheetRow, contact_sheet
 from orchestrator.spec import load_run
+from pocket.subject import SUBJECT_CLASS, SUBJECT_NAME, write_photos
+from training.artifact import open_artifact
+from training.draw import Drawer, DrawRequest
 from training.pipeline import open_base
+from training.png import decode_png, encode_png
 from training.prior import prior_pngs
 from training.prompt import render_prompt
 

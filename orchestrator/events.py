@@ -2,10 +2,11 @@
 
 import json
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
+from cluster.mailbox import Event
 from cluster.storage import Storage
 
 
@@ -16,21 +17,27 @@ class EventLog:
         self.storage, self.path = storage, path
         self.last_step = 0
         if storage.exists(path):
-            for line in storage.read(path).decode().splitlines():
-                self.last_step = max(self.last_step, int(json.loads(line).get("step", 0)))
+            whole, _, torn = storage.read(path).decode(errors="replace").rpartition("\n")
+            if torn:  # the driver was killed while it wrote
+                storage.write(path, f"{whole}\n".encode() if whole else b"")
+            said = [json.loads(line) for line in whole.splitlines()]
+            self.last_step = max((int(s["step"]) for s in said if s["event"] == "step"), default=0)
 
-    def add(self, kind: str, payload: Mapping[str, Any]) -> list[dict[str, float]]:
-        """Write an event; of `steps` only those not written before, which are returned."""
+    def add(self, events: Sequence[Event]) -> list[dict[str, Any]]:
+        """Write events; returns the figures of those steps that were not written before."""
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
-        rows: list[dict[str, float]] = []
-        if kind == "steps":
-            rows = [dict(row) for row in payload["rows"] if row["step"] > self.last_step]
-            lines = [{"time": now, "event": "step", **row} for row in rows]
-            self.last_step = max([self.last_step, *(int(row["step"]) for row in rows)])
-        else:
-            lines = [{"time": now, "event": kind, **payload}]
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        self.storage.append(self.path, text.encode())
+        rows: list[dict[str, Any]] = []
+        lines: list[dict[str, Any]] = []
+        for event in events:
+            if event.kind == "step" and event.payload["step"] <= self.last_step:
+                continue
+            lines.append({"time": now, "event": event.kind, **event.payload})
+            if event.kind == "step":
+                self.last_step = int(event.payload["step"])
+                rows.append(dict(event.payload))
+        if lines:
+            text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+            self.storage.append(self.path, text.encode())
         return rows
 
 

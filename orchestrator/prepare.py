@@ -8,20 +8,17 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from training.artifact import Identity
-
 from cluster.errors import UserError
 from cluster.registry import Registry
 from cluster.storage import Storage, sha256
+from training.artifact import Identity
 from training.identifier import choose_identifier
-from training.intake import StoredPhotos, read_photos, store_photos
+from training.intake import TABLE, StoredPhotos, read_photos, store_photos
 from training.pipeline import BaseInfo, load_tokenizer, open_base, token_ids
 from training.prior import prior_key
-from training.prompt import render_prompt
+from training.prompt import TEMPLATE, render_prompt
 from training.recipe import TRAINED_SECTIONS, Run
 from training.stream import ImageSet
-
-TEMPLATE = "a {identifier} {class}"
 
 
 @dataclass(frozen=True)
@@ -45,8 +42,8 @@ class Prepared:
 
     def subject_images(self) -> ImageSet:
         """The subject's photos, to encode."""
-        path = f"{self.photos.path}/photos.parquet"
-        return ImageSet(self.photos.key, {"photos.parquet": (path, self.photos.digest)}, self.run.data)
+        where = f"{self.photos.path}/{TABLE}"
+        return ImageSet(self.photos.key, {TABLE: (where, self.photos.digest)}, self.run.data)
 
 
 def prepare(run: Run, storage: Storage, device: str = "cpu") -> Prepared:

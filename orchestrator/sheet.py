@@ -5,7 +5,6 @@ Images are uint8 [S, S, 3].
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import ceil
 from textwrap import wrap
 
 import numpy as np
@@ -15,17 +14,6 @@ from PIL import Image, ImageDraw, ImageFont
 Pixels = NDArray[np.uint8]
 GAP, MARGIN, LABEL = 8, 28, 15
 PAPER, INK, FAINT = (255, 255, 255), (28, 30, 34), (120, 124, 130)
-
-
-def grid(images: Sequence[Pixels], columns: int, gap: int = 2) -> Pixels:
-    """Images in rows of `columns`, on white."""
-    height, width = images[0].shape[:2]
-    rows = ceil(len(images) / columns)
-    canvas = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, 3), 255, dtype=np.uint8)
-    for number, image in enumerate(images):
-        top, left = (number // columns) * (height + gap), (number % columns) * (width + gap)
-        canvas[top : top + height, left : left + width] = image
-    return canvas
 
 
 @dataclass(frozen=True)

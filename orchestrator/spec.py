@@ -14,7 +14,7 @@ from pydantic.fields import FieldInfo
 
 from cluster.errors import UserError, did_you_mean
 from training.prompt import render_prompt
-from training.recipe import Run, merge, with_defaults
+from training.recipe import Lora, Run, merge, with_defaults
 
 
 def load_run(config: Path | None, flags: Mapping[str, Any], sets: Sequence[str]) -> Run:
@@ -41,7 +41,7 @@ def parse_run(raw: Mapping[str, Any]) -> Run:
         run = Run.model_validate(with_defaults(raw))
     except ValidationError as error:
         raise _explain(error) from None
-    if run.train.method == "full" and "lora" in raw.get("train", {}):
+    if run.train.method == "full" and run.train.lora != Lora():
         raise UserError(
             "train.lora takes no effect",
             "train.method is full, which trains the weights themselves",

@@ -1,5 +1,6 @@
 """This file is where figures leave for MLflow and TensorBoard. The record is ours; what is here mirrors it."""
 
+import logging
 import os
 import tempfile
 import time
@@ -17,7 +18,7 @@ ALIAS = "champion"
 class Tracker(Protocol):
     """Takes the figures of one run."""
 
-    def metrics(self, rows: Sequence[Mapping[str, float]]) -> None:
+    def metrics(self, rows: Sequence[Mapping[str, float | None]]) -> None:
         """Figures of steps; every row has a `step`."""
         ...
 
@@ -66,6 +67,7 @@ class MlflowTracker:
         from mlflow import MlflowClient
         from mlflow.entities import Metric, Param, RunTag
 
+        logging.getLogger("mlflow").setLevel(logging.WARNING)  # it tells of every table it creates
         self._metric = Metric
         self.client = MlflowClient(tracking_uri=uri, registry_uri=uri)
         if run_id:
@@ -87,13 +89,12 @@ class MlflowTracker:
             tags=[RunTag(key, value) for key, value in tags.items()],
         )
 
-    def metrics(self, rows: Sequence[Mapping[str, float]]) -> None:
+    def metrics(self, rows: Sequence[Mapping[str, float | None]]) -> None:
         now_ms = int(time.time() * 1000)
         values = [
-            self._metric(key, float(value), now_ms, int(row["step"]))
+            self._metric(key, value, now_ms, int(row["step"] or 0))
             for row in rows
-            for key, value in row.items()
-            if key != "step"
+            for key, value in _figures(row)
         ]
         for start in range(0, len(values), 1000):  # MLflow's limit per call
             self.client.log_batch(self.run_id, metrics=values[start : start + 1000])
@@ -158,11 +159,10 @@ class TensorBoardTracker:
 
         self.writer = SummaryWriter(str(folder))
 
-    def metrics(self, rows: Sequence[Mapping[str, float]]) -> None:
+    def metrics(self, rows: Sequence[Mapping[str, float | None]]) -> None:
         for row in rows:
-            for key, value in row.items():
-                if key != "step":
-                    self.writer.add_scalar(key, float(value), int(row["step"]))
+            for key, value in _figures(row):
+                self.writer.add_scalar(key, value, int(row["step"] or 0))
 
     def image(self, name: str, png: bytes, step: int) -> None:
         from training.png import decode_png
@@ -171,6 +171,11 @@ class TensorBoardTracker:
 
     def finish(self, succeeded: bool) -> None:
         self.writer.close()
+
+
+def _figures(row: Mapping[str, float | None]) -> Iterator[tuple[str, float]]:
+    """The figures of a step; one that does not exist, such as the lr of a frozen part, is left out."""
+    return ((key, float(value)) for key, value in row.items() if key != "step" and value is not None)
 
 
 def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

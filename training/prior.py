@@ -10,6 +10,7 @@ from importlib.metadata import version
 from typing import Any
 
 from cluster.storage import MANIFEST, Storage, sha256
+from training.draw import DRAW_WIDTH
 from training.pipeline import BaseInfo
 from training.prompt import render_prompt
 from training.recipe import Data, Prior
@@ -17,7 +18,6 @@ from training.stream import ImageSet, Pool, draw_pngs
 
 SHARD = 32  # images a Parquet shard holds: what is lost at most when drawing is interrupted
 SEED_SCHEME = "sha256(seed:index)[:6]"
-DRAW_WIDTH = {"cpu": 4, "cuda": 8}  # images per forward, fixed per device: it decides the bits
 
 
 def image_seed(seed: int, index: int) -> int:

@@ -6,9 +6,9 @@ diffusers' recommendations, and for `pocket` our own runs).
 """
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 Method = Literal["lora", "full"]
 SamplerName = Literal["ddim", "dpm++2m"]
@@ -36,13 +36,29 @@ class Subject(_Section):
     """Name of the subject in storage and in `generate`: lower case letters, digits, `-` and `_`."""
     class_noun: str = Field(alias="class", min_length=1, max_length=64)
     """The subject's class noun, such as `dog`; YAML key `class`."""
-    images: tuple[str, ...] = Field(min_length=1)
+    images: Annotated[
+        tuple[str, ...],
+        BeforeValidator(
+            lambda v: (v,) if isinstance(v, str) else v, json_schema_input_type=str | tuple[str, ...]
+        ),
+    ] = Field(min_length=1)
     """Photos: a folder, or a list of files."""
     identifier: str = Field(default="auto", min_length=1, max_length=64)
     """The rare word that names the subject; `auto` picks a rare single token of the base's tokenizer."""
 
+    @field_validator("name")
+    @classmethod
+    def _is_free(cls, name: str) -> str:
+        if name == "base":
+            raise ValueError("`base` is what `generate` calls the pristine base; give another name")
+        return name
+
     model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, validate_by_alias=True, validate_by_name=True
+        extra="forbid",
+        frozen=True,
+        use_attribute_docstrings=True,
+        validate_by_alias=True,
+        validate_by_name=True,
     )
 
 
@@ -68,7 +84,7 @@ class Prior(_Section):
 
 
 class Data(_Section):
-    """How photos become training images. No random augmentation: variants are enumerated, so latents are cached."""
+    """How photos become training images. Variants are enumerated, not random, so that latents are cached."""
 
     variants: int = Field(default=1, ge=1, le=16)
     """Crops per photo along its longer side; 1 is the one `crop` names."""
@@ -154,7 +170,7 @@ class Cluster(_Section):
 
     workers: int = Field(default=1, ge=1, le=1024)
     """Training workers of the gang."""
-    gpus_per_worker: Literal["auto"] | float = "auto"
+    gpus_per_worker: Literal["auto"] | Annotated[float, Field(ge=0)] = "auto"
     """GPUs per worker; `auto` is 1 where the cluster has any, else 0."""
     cpus_per_worker: int = Field(default=1, ge=1, le=256)
     """CPU cores per worker, also its number of threads."""
@@ -198,7 +214,11 @@ class Recipe(_Section):
     validate_: Validate = Field(default=Validate(), alias="validate")
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, validate_by_alias=True, validate_by_name=True
+        extra="forbid",
+        frozen=True,
+        use_attribute_docstrings=True,
+        validate_by_alias=True,
+        validate_by_name=True,
     )
 
 
@@ -208,8 +228,9 @@ class Run(Recipe):
     subject: Subject
 
 
-# Sections whose values change what is trained. Where it runs and what watches it do not.
-TRAINED_SECTIONS = ("base", "prior", "data", "train", "engine")
+# Sections whose values change what is trained. The base does by its revision, not by where it lies; where a run
+# happens and what watches it do not.
+TRAINED_SECTIONS = ("prior", "data", "train", "engine")
 
 DEFAULTS: Mapping[tuple[str, Method], Mapping[str, Any]] = {
     ("sd", "lora"): {},
@@ -256,5 +277,7 @@ def with_defaults(raw: Mapping[str, Any]) -> dict[str, Any]:
     model = base.get("model", "pocket") if isinstance(base, Mapping) else "pocket"
     method = train.get("method", "lora") if isinstance(train, Mapping) else "lora"
     family = base_family(str(model))
-    table = {name: under for (owner, name), under in DEFAULTS.items() if owner == family}
+    table: dict[str, Mapping[str, Any]] = {
+        name: d for (owner, name), d in DEFAULTS.items() if owner == family
+    }
     return merge(table.get(str(method), {}), raw)

@@ -12,7 +12,7 @@ from cluster.storage import Storage
 from training.artifact import open_artifact
 from training.draw import Drawer, DrawRequest
 from training.intake import crops
-from training.pipeline import load_vae, open_base
+from training.pipeline import encode_image, load_vae, open_base
 from training.png import encode_png
 from training.recipe import Data
 
@@ -47,7 +47,7 @@ class EncodeWorker:
 
     def __init__(self, model: str, revision: str | None) -> None:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.vae = load_vae(open_base(model, revision)).to(self.device).eval()
+        self.vae = load_vae(open_base(model, revision)).to(self.device)
 
     @torch.inference_mode()
     def __call__(self, batch: Batch) -> Batch:
@@ -55,9 +55,9 @@ class EncodeWorker:
         means, stds = [], []
         for pixels in batch["pixels"]:
             image = torch.from_numpy(np.ascontiguousarray(pixels)).to(self.device).permute(2, 0, 1)[None]
-            posterior = self.vae.encode(image.float() / 127.5 - 1.0).latent_dist
-            means.append(posterior.mean[0].float().cpu().numpy())
-            stds.append(posterior.std[0].float().cpu().numpy())
+            mean, std = encode_image(self.vae, image.float() / 127.5 - 1.0)
+            means.append(mean[0].cpu().numpy())
+            stds.append(std[0].cpu().numpy())
         kept = {key: batch[key] for key in ("set", "shard", "row")}
         return {**kept, "mean": np.stack(means), "std": np.stack(stds)}
 

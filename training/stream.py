@@ -4,6 +4,7 @@ Rows come out in the order they went in, whatever the number of actors, so that 
 the size of the cluster.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -49,6 +50,7 @@ def _ordered() -> Iterator[None]:
     before = (context.execution_options.preserve_order, context.enable_progress_bars)
     context.execution_options.preserve_order, context.enable_progress_bars = True, False
     context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     try:
         yield
     finally:
@@ -162,7 +164,7 @@ def encode(
         for row in _map_actors(pixels, EncodeWorker, arguments, pool, batch_size=8).iter_rows():
             shard = (int(row["set"]), str(row["shard"]))
             if current not in (None, shard):  # rows keep their order, so the one before is whole
-                _write_shard(storage, base, sets[current[0]], current[1], done.pop(current))  # type: ignore[index]
+                _write_shard(storage, base, sets[current[0]], current[1], done.pop(current))
             current = shard
             done.setdefault(shard, []).append(row)
             on_image()

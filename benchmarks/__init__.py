@@ -1,0 +1,1 @@
+"""Ours beside the peer: same work, same machine, interleaved."""

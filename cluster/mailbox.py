@@ -1,0 +1,164 @@
+"""This file is where a campaign and its gangs exchange letters: leases one way, events the other.
+
+A named actor that lives as long as the campaign. Every rank asks for lease n itself, so that idle ranks wait in no
+collective; a gang that restarts asks where it was.
+"""
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+GIVE_UP_AFTER = 3  # restarts of a gang on one lease without a single step in between
+_FINAL = ("published", "failed")  # the kinds of events that end a lease
+
+
+@dataclass(frozen=True)
+class Event:
+    """What a gang reports: `started, step, checkpoint, published, failed, note`."""
+
+    lease: int
+    rank: int
+    kind: str
+    payload: Mapping[str, Any]
+
+
+class Mailbox:
+    """The actor's state. Plain, so that it is tested without Ray."""
+
+    def __init__(self) -> None:
+        self._leases: list[Any] = []
+        self._stopped = False
+        self._finished: set[int] = set()
+        self._events: list[Event] = []
+        self._restarts = 0
+        self._at: int | None = None
+        self._changed = asyncio.Condition()
+
+    async def post(self, lease: Any) -> int:
+        """Add a lease; returns its number."""
+        async with self._changed:
+            self._leases.append(lease)
+            self._changed.notify_all()
+        return len(self._leases) - 1
+
+    async def stop(self) -> None:
+        """After the leases that are posted there are no more."""
+        async with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
+
+    async def take(self, n: int) -> Any | None:
+        """Lease `n`, as soon as it is posted; `None` when there will be none."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: n < len(self._leases) or self._stopped)
+        return self._leases[n] if n < len(self._leases) else None
+
+    async def resume(self) -> int:
+        """Where a gang that (re)starts goes on: the first lease that is not finished. One rank of it asks.
+
+        A lease on which the gang restarted too often without a step in between is failed, with that reason.
+        """
+        here = self._first_open()
+        self._restarts = self._restarts + 1 if here == self._at else 0
+        self._at = here
+        if self._restarts >= GIVE_UP_AFTER and here < len(self._leases):
+            error = {
+                "what": "the run ends its workers",
+                "seen": f"they died {self._restarts} times without finishing a step",
+                "do": "look into Ray's logs; most often a worker needs more memory",
+            }
+            await self.report(here, 0, "failed", error)
+            here = self._first_open()
+            self._at, self._restarts = here, 0
+        return here
+
+    async def report(self, n: int, rank: int, kind: str, payload: Any) -> None:
+        """Record an event of lease `n`. Kind `steps` brings a list that becomes one `step` each."""
+        async with self._changed:
+            if kind == "steps":
+                self._events += [Event(n, rank, "step", step) for step in payload]
+                self._restarts = 0
+            else:
+                self._events.append(Event(n, rank, kind, payload))
+            if kind in _FINAL:
+                self._finished.add(n)
+            self._changed.notify_all()
+
+    async def drain(self, wait_s: float = 0.0) -> list[Event]:
+        """Events since the last call; waits up to `wait_s` seconds for the first one."""
+        async with self._changed:
+            if not self._events and wait_s > 0:
+                try:
+                    await asyncio.wait_for(self._changed.wait_for(lambda: self._events), wait_s)
+                except TimeoutError:
+                    return []
+            events, self._events = self._events, []
+        return events
+
+    def _first_open(self) -> int:
+        return next((n for n in range(len(self._leases)) if n not in self._finished), len(self._leases))
+
+
+class MailboxClient:
+    """A mailbox as both sides see it: plain calls.
+
+    Args:
+        actor: The handle of a `Mailbox` actor.
+    """
+
+    def __init__(self, actor: Any) -> None:
+        self._actor = actor
+        self._sent: Any = None
+
+    def post(self, lease: Any) -> int:
+        """Add a lease; returns its number."""
+        return int(ray.get(self._actor.post.remote(lease)))
+
+    def stop(self) -> None:
+        """After the leases that are posted there are no more."""
+        ray.get(self._actor.stop.remote())
+
+    def drain(self, wait_s: float = 0.0) -> list[Event]:
+        """Events since the last call; waits up to `wait_s` seconds for the first one."""
+        events: list[Event] = ray.get(self._actor.drain.remote(wait_s))
+        return events
+
+    def take(self, n: int) -> Any | None:
+        """Lease `n`, as soon as it is posted; `None` when there will be none."""
+        return ray.get(self._actor.take.remote(n))
+
+    def resume(self) -> int:
+        """Where a gang that (re)starts goes on."""
+        return int(ray.get(self._actor.resume.remote()))
+
+    def report(self, n: int, rank: int, kind: str, payload: Any) -> None:
+        """Send an event. Steps are sent without waiting for their arrival; any other kind has arrived afterwards."""
+        # Ray may run an async actor's calls in another order than they were sent, so there is one under way at most
+        if self._sent is not None:
+            ray.get(self._sent)
+        self._sent = self._actor.report.remote(n, rank, kind, payload)
+        if kind != "steps":
+            ray.get(self._sent)
+
+    def close(self) -> None:
+        """End the actor."""
+        ray.kill(self._actor)
+
+
+def create(name: str) -> MailboxClient:
+    """A new mailbox; `name` is unique to the campaign."""
+    actor = ray.remote(Mailbox).options(name=name, num_cpus=0, max_concurrency=4096).remote()
+    return MailboxClient(actor)
+
+
+def connect(name: str) -> MailboxClient:
+    """The mailbox of that name, from another process of the same session."""
+    return MailboxClient(ray.get_actor(name))
+
+
+def fetch(references: Sequence[Any]) -> list[Any]:
+    """The objects behind references into Ray's object store, in order."""
+    return list(ray.get(list(references)))

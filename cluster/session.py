@@ -1,0 +1,166 @@
+"""This file is where Ray is started or joined, and asked what it has."""
+
+import logging
+import os
+import secrets
+import shutil
+import socket
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import ray
+
+from cluster.errors import SystemFailure, UserError
+from cluster.storage import Storage
+
+OBJECT_STORE_BYTES = 512 * 1024**2  # of a private Ray: latents and photos are small, /dev/shm often is too
+CONNECT_S = 10  # to a cluster's head
+LONGEST_TEMPORARY = 40  # characters: a socket's path ends at 107, and Ray appends about 60 of its own
+
+# What every process of a session sees, drivers and workers alike, unless the user has set it.
+_EVERYWHERE = {
+    "TOKENIZERS_PARALLELISM": "false",  # its threads do not survive a fork
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",  # how late the end of a gang is noticed
+    "RAY_TRAIN_ENABLE_STATE_ACTOR_RECONCILIATION": "0",  # it polls the dashboard that is not started
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",  # people look at ours
+    "RAY_BACKEND_LOG_LEVEL": "fatal",  # Ray's core writes warnings of its own plumbing to the terminal
+}
+# Where there is no GPU: DeepSpeed would compile kernels nobody calls (91 s), and imports inductor (2-3 s).
+_WITHOUT_GPU = {"DS_ACCELERATOR": "cpu", "TORCHDYNAMO_DISABLE": "1"}
+# Passed on to workers when the driver has them.
+_INHERITED = ("HF_HUB_OFFLINE", "HF_HOME", "HF_HUB_CACHE", "HF_TOKEN", "RAYBOOTH_STORAGE")
+
+
+@contextmanager
+def session(address: str | None, cpus: int, storage: Storage) -> Iterator[None]:
+    """Ray for the time of a `with`.
+
+    Args:
+        address: The cluster to join; `None` takes RAY_ADDRESS, and without it starts a private Ray on this machine
+            that ends with the `with`. Whatever else runs here is never joined.
+        cpus: Logical CPUs of a private Ray: workers + encoders + 1. Actors wait for a logical CPU, so there must be
+            enough of them, whatever the machine has.
+        storage: The storage root, which every node must reach.
+
+    Raises:
+        UserError: The cluster cannot be reached, or has several nodes that do not share the storage root.
+        SystemFailure: Ray does not start.
+    """
+    address = address or os.environ.get("RAY_ADDRESS") or None
+    for name, value in _EVERYWHERE.items():
+        os.environ.setdefault(name, value)
+    common = {
+        "log_to_driver": False,
+        "logging_level": logging.ERROR,
+        "runtime_env": {"env_vars": _environment(here=not address)},
+    }
+    with _temporary_folder() as folder:
+        try:
+            if address:
+                _check_reachable(address)
+                ray.init(address=address, **common)
+            else:
+                # Other users of this machine must not run code in it; the secret ends with this process. Ray
+                # turns token mode on for a local cluster by itself; set here, it would come too late, because
+                # Ray reads the mode when it is imported.
+                os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+                with _nothing_on_stderr():
+                    ray.init(
+                        address="local",
+                        num_cpus=cpus,
+                        include_dashboard=False,
+                        object_store_memory=OBJECT_STORE_BYTES,
+                        _temp_dir=str(folder),
+                        **common,
+                    )
+        except (OSError, RuntimeError, ValueError) as error:
+            if address:
+                raise UserError(
+                    f"the Ray cluster at {address} cannot be joined",
+                    str(error).splitlines()[0],
+                    "check --address, or leave it and RAY_ADDRESS out to use this machine",
+                ) from error
+            raise SystemFailure(
+                "Ray does not start on this machine", str(error), "run `raybooth doctor`"
+            ) from error
+        try:
+            _check_shared(storage)
+            yield
+        finally:
+            ray.shutdown()
+
+
+def _check_reachable(address: str) -> None:
+    """Ask for a connection first: Ray itself would try for minutes."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if host and port.isdigit():
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S):
+            pass
+
+
+def cpu_count() -> int:
+    """Logical CPUs of the cluster."""
+    return int(ray.cluster_resources().get("CPU", 0))
+
+
+def gpu_count() -> int:
+    """GPUs of the cluster."""
+    return int(ray.cluster_resources().get("GPU", 0))
+
+
+def node_count() -> int:
+    """Nodes of the cluster that are alive."""
+    return sum(bool(node["Alive"]) for node in ray.nodes())
+
+
+def _check_shared(storage: Storage) -> None:
+    if storage.is_local and node_count() > 1:
+        raise UserError(
+            f"the nodes of the cluster do not share the storage root {storage.uri}",
+            f"the cluster has {node_count()} nodes, and the root is a folder of one",
+            "name an object store with --storage s3://BUCKET/PREFIX",
+        )
+
+
+def _environment(here: bool) -> dict[str, str]:
+    """Environment variables of every worker; `here` when all of them run on this machine."""
+    names = {*_EVERYWHERE, *_INHERITED}
+    given = {name: os.environ[name] for name in sorted(names) if name in os.environ}
+    if here and not sees_gpu():
+        given |= {name: os.environ.get(name, value) for name, value in _WITHOUT_GPU.items()}
+    return given
+
+
+def sees_gpu() -> bool:
+    """Whether this machine has an NVIDIA GPU, without importing torch."""
+    return Path("/dev/nvidiactl").exists()
+
+
+@contextmanager
+def _nothing_on_stderr() -> Iterator[None]:
+    """Ray's core announces its log level on the terminal; what goes wrong in here is raised, not written."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with Path(os.devnull).open("wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+@contextmanager
+def _temporary_folder() -> Iterator[Path]:
+    """A folder for Ray's sockets and logs, with a short path; kept, with the logs, when something fails."""
+    parent = tempfile.gettempdir()
+    folder = Path(tempfile.mkdtemp(prefix="rb-", dir=parent if len(parent) <= LONGEST_TEMPORARY else "/tmp"))
+    try:
+        yield folder
+    except SystemFailure as error:
+        error.do = error.do or f"Ray's logs are in {folder}"
+        raise
+    shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,142 @@
+"""This file is where tests get their real parts: a tiny Stable Diffusion made from configs, a storage root."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from transformers.models.clip.configuration_clip import CLIPTextConfig
+from transformers.models.clip.modeling_clip import CLIPTextModel
+from transformers.models.clip.tokenization_clip import CLIPTokenizer
+
+from cluster.storage import Storage
+
+# Each is one token of the tiny base; any other word is spelt in letters or fragments.
+WORDS = (
+    *("a", "an", "the", "of", "on", "in", "with", "photo", "drawing", "dog", "cat", "owl", "apple", "clock"),
+    *("fox", "red", "green", "blue", "beach", "snow", "moon", "forest", "sks", "zwx", "qzj", "vux", "wkj"),
+)
+TOKEN_LIMIT = 32
+
+
+def _tokenizer() -> CLIPTokenizer:
+    """A CLIP tokenizer with every letter, digit and two marks, and each of `WORDS` as a single token."""
+    symbols = "abcdefghijklmnopqrstuvwxyz0123456789,."
+    merges: list[tuple[str, str]] = []
+    for word in WORDS:
+        pieces = [*word[:-1], f"{word[-1]}</w>"]
+        for left, right in merges:  # what earlier words' merges leave of it, the rest is merged from the left
+            for i in range(len(pieces) - 1, 0, -1):
+                if (pieces[i - 1], pieces[i]) == (left, right):
+                    pieces[i - 1 : i + 1] = [left + right]
+        while len(pieces) > 1:
+            merges.append((pieces[0], pieces[1]))
+            pieces[:2] = ["".join(pieces[:2])]
+    tokens = ["<|startoftext|>", "<|endoftext|>", *symbols, *(f"{s}</w>" for s in symbols)]
+    tokens += ["".join(pair) for pair in merges]
+    vocab = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
+    tokenizer = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=TOKEN_LIMIT)
+    assert [word for word in WORDS if len(tokenizer(word).input_ids) != 3] == []
+    return tokenizer
+
+
+def build_tiny_base(folder: Path, prediction_type: str) -> Path:
+    """Write a random Stable Diffusion of 16x16 pixels (latents 4x8x8) in diffusers layout, always the same."""
+    tokenizer = _tokenizer()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        unet = UNet2DConditionModel(
+            sample_size=8,
+            in_channels=4,
+            out_channels=4,
+            layers_per_block=1,
+            block_out_channels=(32, 64),
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            attention_head_dim=4,
+            cross_attention_dim=32,
+            norm_num_groups=8,
+        )
+        vae = AutoencoderKL(
+            sample_size=16,
+            block_out_channels=(16, 32),
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            latent_channels=4,
+            norm_num_groups=8,
+            scaling_factor=0.31,
+        )
+        text_encoder = CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=32,
+                intermediate_size=64,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                max_position_embeddings=TOKEN_LIMIT,
+                projection_dim=32,
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        )
+    scheduler = DDIMScheduler(
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.012,
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type=prediction_type,
+    )
+    unet.save_pretrained(folder / "unet")
+    vae.save_pretrained(folder / "vae")
+    text_encoder.save_pretrained(folder / "text_encoder")
+    tokenizer.save_pretrained(folder / "tokenizer")
+    scheduler.save_pretrained(folder / "scheduler")
+    index = {
+        "_class_name": "StableDiffusionPipeline",
+        "_diffusers_version": "0.42.1",
+        "feature_extractor": [None, None],
+        "image_encoder": [None, None],
+        "requires_safety_checker": False,
+        "safety_checker": [None, None],
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random base that predicts the noise."""
+    return build_tiny_base(tmp_path_factory.mktemp("tiny") / "tiny-base", "epsilon")
+
+
+@pytest.fixture(scope="session")
+def tiny_base_v(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random base that predicts the velocity."""
+    return build_tiny_base(tmp_path_factory.mktemp("tiny") / "tiny-base-v", "v_prediction")
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> Storage:
+    """An empty storage root."""
+    return Storage(str(tmp_path / "storage"))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> Iterator[None]:
+    """One thread for torch: the models are tiny, and bits must not depend on the machine's cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -1,0 +1,115 @@
+"""The command line: quick, light, and true to its contract on failure too."""
+
+import json
+import subprocess
+import sys
+import time
+from importlib.metadata import distribution
+from pathlib import Path
+
+import pytest
+
+RAYBOOTH = [sys.executable, "-m", "orchestrator"]
+
+
+def run(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*RAYBOOTH, *arguments], capture_output=True, text=True, cwd=cwd, timeout=120)
+
+
+def test_help_answers_within_a_second() -> None:
+    run("--help")  # warms the page cache: a first read of the disk is not what a user waits for twice
+    took = []
+    for _ in range(3):
+        began = time.monotonic()
+        assert run("--help").returncode == 0
+        took.append(time.monotonic() - began)
+    assert min(took) < 1.0
+
+
+@pytest.mark.parametrize("module", ["orchestrator.cli", "training.recipe", "orchestrator.spec"])
+def test_light_modules_import_neither_torch_nor_ray(module: str) -> None:
+    code = f"import sys, {module}; print([m for m in ('torch', 'ray', 'diffusers', 'mlflow') if m in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "train",
+        "generate",
+        "plan",
+        "schema",
+        "demo",
+        "doctor",
+        "subjects list",
+        "subjects promote",
+        "prior show",
+    ],
+)
+def test_every_command_shows_an_example(command: str) -> None:
+    shown = run(*command.split(), "--help")
+    assert shown.returncode == 0
+    assert "Example" in shown.stdout
+    assert f"raybooth {command}" in shown.stdout
+
+
+def test_a_wrong_option_is_reported_as_json_too() -> None:
+    failed = run("train", "--jsn", "--json")
+    assert failed.returncode == 2
+    error = json.loads(failed.stdout.splitlines()[-1])["error"]
+    assert "--jsn" in error["what"]
+    assert "--help" in error["do"]
+
+
+def test_an_error_has_three_parts_no_traceback_and_exit_code_2(tmp_path: Path) -> None:
+    failed = run(
+        "train", str(tmp_path / "nowhere"), "--class", "dog", "--json", "--storage", str(tmp_path / "s")
+    )
+    assert failed.returncode == 2
+    assert "Traceback" not in failed.stderr
+    answer = json.loads(failed.stdout.splitlines()[-1])
+    assert answer["state"] == "failed"
+    assert set(answer["error"]) == {"what", "seen", "do"}
+    assert "nowhere" in json.dumps(answer)
+
+
+def test_debug_shows_the_traceback(tmp_path: Path) -> None:
+    failed = run(
+        "train", str(tmp_path / "nowhere"), "--class", "dog", "--debug", "--storage", str(tmp_path / "s")
+    )
+    assert failed.returncode == 2
+    assert "Traceback" in failed.stderr
+
+
+def test_subjects_of_an_empty_root_are_none(tmp_path: Path) -> None:
+    listed = run("subjects", "list", "--json", "--storage", str(tmp_path / "s"))
+    assert listed.returncode == 0
+    assert json.loads(listed.stdout) == {"subjects": []}
+
+
+def test_an_unknown_subject_is_the_users_mistake(tmp_path: Path) -> None:
+    failed = run("generate", "nobody", "a photo of {subject}", "--json", "--storage", str(tmp_path / "s"))
+    assert failed.returncode == 2
+    assert "nobody" in json.loads(failed.stdout.splitlines()[-1])["error"]["what"]
+
+
+def test_schema_is_json_with_a_description_for_every_setting() -> None:
+    schema = json.loads(run("schema").stdout)
+    settings = [
+        (name, field, spec)
+        for name, section in schema["$defs"].items()
+        for field, spec in section["properties"].items()
+    ]
+    assert len(settings) > 30
+    assert [f"{name}.{field}" for name, field, spec in settings if not spec.get("description")] == []
+
+
+def test_the_four_packages_belong_to_our_distribution_alone() -> None:
+    from importlib.metadata import packages_distributions
+
+    owners = packages_distributions()
+    for package in ("orchestrator", "serving", "training", "cluster"):
+        assert set(owners.get(package, ["raybooth"])) == {"raybooth"}
+    scripts = [e.value for e in distribution("raybooth").entry_points if e.name == "raybooth"]
+    assert scripts == ["orchestrator.cli:main"]

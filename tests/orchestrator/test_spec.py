@@ -1,0 +1,248 @@
+"""This file is where the way from YAML, flags and `--set` to a run is tested, and what people read when it fails."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.errors import UserError
+from orchestrator.spec import load_run, parse_run, run_schema
+
+SUBJECT: dict[str, Any] = {"subject": {"name": "rex", "class": "dog", "images": ["./rex"]}}
+
+
+def refusal(*sets: str, flags: dict[str, Any] | None = None, config: Path | None = None) -> UserError:
+    with pytest.raises(UserError) as caught:
+        load_run(config, SUBJECT if flags is None else flags, sets)
+    return caught.value
+
+
+def written(folder: Path, text: str) -> Path:
+    (folder / "run.yaml").write_text(text, encoding="utf-8")
+    return folder / "run.yaml"
+
+
+# -- precedence --------------------------------------------------------------------------------------------
+
+
+def test_later_sources_win_over_earlier_ones(tmp_path: Path) -> None:
+    config = written(tmp_path, "train: {steps: 11, lr: 1e-5, seed: 3}\nsubject: {name: tom}")
+    run = load_run(config, {**SUBJECT, "train": {"steps": 22, "lr": None}}, ["train.steps=33"])
+    assert run.train.steps == 33  # --set over flags
+    assert run.subject.name == "rex"  # flags over file
+    assert run.train.lr == 1e-5  # file over defaults, and a flag that was not given takes no part
+    assert run.prior.num_images == 32  # defaults of pocket
+
+
+def test_defaults_follow_the_base_and_the_method() -> None:
+    runs = {
+        (model, method): load_run(None, SUBJECT, [f"base.model={model}", f"train.method={method}"])
+        for model in ("pocket", "org/sd")
+        for method in ("lora", "full")
+    }
+    assert {key: run.prior.num_images for key, run in runs.items()} == {
+        ("pocket", "lora"): 32,
+        ("pocket", "full"): 32,
+        ("org/sd", "lora"): 200,
+        ("org/sd", "full"): 200,
+    }
+    assert runs["org/sd", "full"].train.lr == 2e-6
+    assert runs["org/sd", "full"].train.text_encoder.train
+    assert not runs["org/sd", "lora"].train.text_encoder.train
+
+
+def test_values_of_set_are_yaml() -> None:
+    sets = ["track.mlflow=null", "data.flip=true", 'validate.prompts=["{subject}"]', "subject.class=red shoe"]
+    run = load_run(None, SUBJECT, sets)
+    assert run.track.mlflow is None
+    assert run.data.flip is True
+    assert run.validate_.prompts == ("{subject}",)
+    assert run.subject.class_noun == "red shoe"
+
+
+def test_paths_in_a_file_are_relative_to_the_file_and_those_of_flags_are_not(tmp_path: Path) -> None:
+    text = "subject: {name: rex, class: dog, images: ./mein Hund}\nbase: {model: ./base}"
+    run = load_run(written(tmp_path, text), {}, [])
+    assert run.subject.images == (str(tmp_path / "mein Hund"),)
+    assert run.base.model == str(tmp_path / "base")
+    assert load_run(tmp_path / "run.yaml", SUBJECT, []).subject.images == ("./rex",)
+    text = "subject: {name: rex, class: dog, images: [a.png, s3://b/c]}\nbase: {model: org/name}"
+    run = load_run(written(tmp_path, text), {}, [])
+    assert run.subject.images == (str(tmp_path / "a.png"), "s3://b/c")
+    assert run.base.model == "org/name"
+
+
+# -- what is refused ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("assignment", "what", "seen", "do"),
+    [
+        (
+            "prior.weight=-1",
+            "prior.weight cannot be used",
+            "it is -1",
+            "allowed is greater than or equal to 0",
+        ),
+        (
+            "train.stepz=3",
+            "train.stepz is not a setting",
+            "it was given 3",
+            "did you mean steps?",
+        ),
+        (
+            "steps=3",
+            "steps is not a setting",
+            "it was given 3",
+            "did you mean prior.steps or train.steps or validate.steps?",
+        ),
+        (
+            "data.zzz=1",
+            "data.zzz is not a setting",
+            "it was given 1",
+            "known are crop, flip, variants",
+        ),
+        (
+            "train.method=lra",
+            "train.method cannot be used",
+            "it is 'lra'",
+            "allowed is 'lora' or 'full'",
+        ),
+        (
+            "cluster.gpus_per_worker=-1",
+            "cluster.gpus_per_worker cannot be used",
+            "it is -1",
+            "allowed is 'auto' or greater than or equal to 0",
+        ),
+        (
+            "validate.prompts=[a, 3]",
+            "validate.prompts.1 cannot be used",
+            "it is 3",
+            "allowed is a valid string",
+        ),
+        (
+            "train.lr=.nan",
+            "train.lr cannot be used",
+            "it is nan",
+            "allowed is a finite number",
+        ),
+        (
+            "train=5",
+            "train cannot be used",
+            "it is 5",
+            "it is a section with settings in it",
+        ),
+        (
+            "subject.class=yes",
+            "subject.class cannot be used",
+            "it is True",
+            "allowed is a valid string",
+        ),
+    ],
+)
+def test_a_setting_that_cannot_be_used_is_named_by_its_path(
+    assignment: str, what: str, seen: str, do: str
+) -> None:
+    assert refusal(assignment).as_json() == {"what": what, "seen": seen, "do": do}
+
+
+def test_a_name_that_breaks_the_rule_is_told_the_rule() -> None:
+    error = refusal("subject.name=../Rex")
+    assert error.seen == "it is '../Rex'"
+    assert error.do.endswith("lower case letters, digits, `-` and `_`.")
+
+
+def test_what_is_missing_says_how_to_give_it() -> None:
+    error = refusal(flags={"subject": {"name": "rex", "class": "dog"}})
+    assert error.what == "subject.images is missing"
+    assert error.do == "give it in the YAML or with --set subject.images=..."
+    assert refusal(flags={}).what == "subject is missing"
+
+
+def test_several_mistakes_are_told_at_once() -> None:
+    error = refusal("prior.weight=-1", "train.stepz=3")
+    assert error.what == "2 settings cannot be used"
+    assert "prior.weight cannot be used: it is -1: allowed is" in error.seen
+    assert "train.stepz is not a setting: it was given 3: did you mean steps?" in error.seen
+    assert "raybooth schema" in error.do
+
+
+@pytest.mark.parametrize(
+    ("assignment", "what"),
+    [
+        ("train.prompt=a photo of a dog", "train.prompt does not name the subject"),
+        ("train.prompt='{subject} {dog}'", "train.prompt: the prompt has braces that mean nothing"),
+        ("prior.prompt='a {subject}'", "prior.prompt: there is no subject to put into the prompt"),
+        ("validate.prompts=['a }']", "validate.prompts: the prompt has braces that mean nothing"),
+    ],
+)
+def test_prompts_are_checked_with_the_spec(assignment: str, what: str) -> None:
+    error = refusal(assignment)
+    assert error.what == what
+    assert error.do != ""
+
+
+def test_a_setting_that_takes_no_effect_is_refused() -> None:
+    error = refusal("train.method=full", "train.lora.rank=4")
+    assert error.what == "train.lora takes no effect"
+    assert "set train.method: lora" in error.do
+
+
+@pytest.mark.parametrize("assignment", ["train", "=3", "train..steps=3", "train.steps=[["])
+def test_a_set_that_assigns_nothing_is_refused(assignment: str) -> None:
+    error = refusal(assignment)
+    assert error.what.startswith("--set ")
+    assert error.do in ("write --set train.steps=300", "quote it")
+
+
+@pytest.mark.parametrize(
+    ("text", "what", "seen"),
+    [
+        ("", "has no settings", "it is empty"),
+        ("# only a comment", "has no settings", "it is empty"),
+        ("- a\n- b", "has no settings", "it is a list"),
+        ("train: {steps: 3", "is not YAML", "line 1"),
+        ("train: {steps: 3}\nprior: {}\ntrain: {lr: 1}", "is not YAML", "the key train is there twice"),
+        ("!!python/object/apply:os.getcwd []", "is not YAML", "could not determine a constructor"),
+    ],
+)
+def test_a_file_without_settings_is_refused(tmp_path: Path, text: str, what: str, seen: str) -> None:
+    config = written(tmp_path, text)
+    error = refusal(config=config)
+    assert error.what == f"{config} {what}"
+    assert seen in error.seen
+    assert error.do != ""
+
+
+def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "latin.yaml").write_bytes("subject: {name: Hündin}".encode("latin-1"))
+    for path in (tmp_path / "none.yaml", tmp_path, tmp_path / "latin.yaml"):
+        error = refusal(config=path)
+        assert error.what == f"{path} cannot be read"
+        assert error.do == "name a YAML file"
+
+
+# -- what is published -------------------------------------------------------------------------------------
+
+
+def test_the_schema_describes_every_setting() -> None:
+    schema = run_schema()
+    assert schema["properties"]["subject"] and schema["additionalProperties"] is False
+    for name, section in schema["$defs"].items():
+        for key, setting in section["properties"].items():
+            assert setting.get("description"), f"{name}.{key} has no docstring"
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_dumped_run_is_a_spec_of_the_same_run(method: str) -> None:
+    run = load_run(None, SUBJECT, ["train.steps=7", f"train.method={method}"])
+    assert parse_run(run.model_dump(mode="json", by_alias=True)) == run
+
+
+def test_reading_a_spec_needs_no_torch_and_no_ray() -> None:
+    script = "import sys, orchestrator.spec; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    assert not re.search(r"\b(torch|ray|pyarrow|diffusers)\b", loaded)

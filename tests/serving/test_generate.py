@@ -1,0 +1,117 @@
+"""`generate` draws the champion, each image by its own seed, and says in the PNG how."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from cluster.errors import UserError
+from cluster.registry import Registry
+from cluster.storage import Storage
+from serving.generate import GenerateResult, generate
+from training.artifact import FORMAT, KIND, Identity, artifact_path, write_weights
+from training.lora import attach
+from training.pipeline import load_text_encoder, load_unet, open_base
+from training.png import decode_png, png_parameters
+from training.recipe import Run
+
+PROMPT = "a photo of {subject} on the beach"
+
+
+@pytest.fixture
+def rex(storage: Storage, tiny_base: Path, tmp_path: Path) -> Storage:
+    """A storage root with one registered version of `rex`."""
+    base = open_base(str(tiny_base))
+    unet, text_encoder = load_unet(base), load_text_encoder(base)
+    subject = {"name": "rex", "class": "dog", "images": ["photos"]}
+    run = Run.model_validate({"base": {"model": str(tiny_base)}, "subject": subject})
+    attach(unet, text_encoder, run.train.lora, False, seed=0)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for p in unet.parameters():
+            if p.requires_grad:
+                nn.init.normal_(p, std=0.2)
+    write_weights(base, run, unet, text_encoder, tmp_path / "weights")
+    meta = {
+        "kind": KIND,
+        "format": FORMAT,
+        "method": "lora",
+        "base": {"model": base.model, "revision": base.revision},
+        "identity": Identity("zwx", "dog", "a {identifier} {class}", (97,)).as_json(),
+        "recipe": run.model_dump(mode="json", by_alias=True),
+    }
+    storage.publish(tmp_path / "weights", artifact_path("rex", "v1"), meta)
+    Registry(storage).add("rex", "v1", {"artifact": artifact_path("rex", "v1"), "fingerprint": "f"})
+    return storage
+
+
+def draw(storage: Storage, out: Path, *prompts: str, **options: object) -> GenerateResult:
+    return generate(storage, "rex", None, prompts, out=out, steps=4, **options)  # type: ignore[arg-type]
+
+
+def test_the_first_of_four_is_the_one_alone_to_the_byte(rex: Storage, tmp_path: Path) -> None:
+    four = draw(rex, tmp_path / "four", PROMPT, n=4, seed=7)
+    one = draw(rex, tmp_path / "one é", PROMPT, n=1, seed=7)
+    other = draw(rex, tmp_path / "other", "a red clock", PROMPT, n=2, seed=8)
+    assert four.seeds == [7, 8, 9, 10]
+    assert [p.name for p in four.images] == [
+        f"rex-v1-a-photo-of-subject-on-the-beach-s{s}.png" for s in four.seeds
+    ]
+    assert one.images[0].read_bytes() == four.images[0].read_bytes()
+    assert [p.read_bytes() for p in other.images[2:]] == [p.read_bytes() for p in four.images[1:3]]
+    assert four.grid is not None and four.grid.is_file() and one.grid is None
+    assert not list((tmp_path / "four").glob(".tmp-*"))
+
+
+def test_a_png_says_how_it_was_drawn(rex: Storage, tmp_path: Path, tiny_base: Path) -> None:
+    result = draw(rex, tmp_path, PROMPT, n=1, seed=7, negative_prompt="snow", guidance=3.0)
+    data = result.images[0].read_bytes()
+    assert decode_png(data).shape == (16, 16, 3)
+    assert png_parameters(data) == {
+        "prompt": "a photo of a zwx dog on the beach",
+        "negative_prompt": "snow",
+        "seed": 7,
+        "steps": 4,
+        "guidance": 3.0,
+        "sampler": "ddim",
+        "eta": 0.0,
+        "subject": "rex-v1",
+        "base_revision": open_base(str(tiny_base)).revision,
+    }
+
+
+def test_prompts_that_letters_cannot_tell_apart_get_files_of_their_own(rex: Storage, tmp_path: Path) -> None:
+    result = draw(rex, tmp_path, "a dog, red", "a dog. red", "a dog red", "a dog red", n=1)
+    assert len({p.name for p in result.images}) == len(result.images) == 3
+
+
+def test_progress_ends_with_every_image(rex: Storage, tmp_path: Path) -> None:
+    seen: list[int] = []
+    draw(rex, tmp_path, PROMPT, n=5, on_images=seen.append)
+    assert seen == sorted(seen) and seen[-1] == 5
+
+
+def test_the_pristine_base_draws_but_knows_no_subject(
+    storage: Storage, tmp_path: Path, tiny_base: Path
+) -> None:
+    result = generate(storage, "base", None, ["a dog"], n=1, steps=2, out=tmp_path, base=str(tiny_base))
+    assert result.images[0].name == "base-a-dog-s0.png"
+    for prompt in (PROMPT, "a {class}"):
+        with pytest.raises(UserError, match=r"subject|class"):
+            generate(storage, "base", None, [prompt], n=1, out=tmp_path, base=str(tiny_base))
+
+
+def test_what_cannot_be_drawn_is_refused_and_nothing_is_written(rex: Storage, tmp_path: Path) -> None:
+    out, taken = tmp_path / "out", tmp_path / "taken"
+    taken.write_text("a file")
+    for name, version, prompt, folder in (
+        ("rax", None, PROMPT, out),
+        ("rex", "v9", PROMPT, out),
+        ("rex", None, "a {thing}", out),
+        ("rex", None, "dog " * 40, out),
+        ("rex", None, PROMPT, taken),
+    ):
+        with pytest.raises(UserError):
+            generate(rex, name, version, [prompt], n=1, steps=2, out=folder)
+    assert not list(out.glob("*"))

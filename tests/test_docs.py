@@ -1,0 +1,65 @@
+"""What the documents tell users to type exists, and every YAML they show is valid."""
+
+import re
+import shlex
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer.main
+import yaml
+
+from orchestrator.cli import app
+from training.recipe import Recipe, Run, with_defaults
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = [ROOT / "README.md", ROOT / "docs" / "guide.md"]
+
+
+def commands() -> list[str]:
+    lines = [line for page in DOCUMENTS for line in page.read_text(encoding="utf-8").splitlines()]
+    typed = [line.strip().split("  #")[0] for line in lines if line.startswith("    raybooth ")]
+    inline = re.findall(r"`(--[^`]+)`", "\n".join(lines))
+    return [*typed, *(f"raybooth train {options}" for options in inline if "--json" not in options)]
+
+
+@pytest.mark.parametrize("line", commands())
+def test_every_command_in_the_documents_parses(line: str) -> None:
+    command: Any = typer.main.get_command(app)
+    words = shlex.split(line)[1:]
+    while hasattr(command, "commands"):
+        command = command.commands[words.pop(0)]
+    known = {
+        option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)
+    }
+    known |= {"--help"}
+    used = {word.split("=")[0] for word in words if re.match(r"--?[a-z]", word)}
+    assert used <= known
+
+
+@pytest.mark.parametrize("line", commands())
+def test_every_setting_in_the_documents_exists(line: str) -> None:
+    words = shlex.split(line)
+    for setting in [value for flag, value in pairwise(words) if flag == "--set"]:
+        path, _, value = setting.partition("=")
+        spec: Any = yaml.safe_load(value.replace("...", "host"))
+        for key in reversed(path.split(".")):
+            spec = {key: spec}
+        Recipe.model_validate(with_defaults(spec))
+
+
+def test_every_yaml_in_the_documents_is_a_run() -> None:
+    blocks = [
+        b for page in DOCUMENTS for b in re.findall(r"```yaml\n(.*?)```", page.read_text("utf-8"), re.DOTALL)
+    ]
+    assert blocks
+    for block in blocks:
+        Run.model_validate(with_defaults(yaml.safe_load(block)))
+
+
+def test_the_documents_link_to_files_that_exist() -> None:
+    for page in DOCUMENTS:
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
+            if "://" not in target:
+                assert (page.parent / target).exists(), f"{page.name} links to {target}"

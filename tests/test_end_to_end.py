@@ -1,0 +1,146 @@
+"""Photos in, images out: the whole path with its real parts, through the command line as a user would."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.numpy import load_file
+
+from pocket.subject import SUBJECT_CLASS, write_photos
+
+pytestmark = pytest.mark.slow
+RAYBOOTH = [sys.executable, "-m", "orchestrator"]
+QUICK = [
+    *("--set", "prior.num_images=4", "--set", "prior.steps=4"),
+    *("--set", "train.steps=12", "--set", "train.pairs_per_step=1", "--set", "checkpoint.every=4"),
+    *("--set", "validate.num_images=1", "--set", "validate.steps=3"),
+]
+
+
+def booth(root: Path, *arguments: str) -> dict[str, Any]:
+    """The JSON answer of a command that must end well."""
+    done = subprocess.run(
+        [*RAYBOOTH, *arguments, "--storage", str(root), "--json"], capture_output=True, text=True, timeout=400
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return answer
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("photos with spaces é")
+    write_photos(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, photos: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    root = tmp_path_factory.mktemp("root")
+    yield root, booth(root, "train", str(photos), "--class", SUBJECT_CLASS, "--name", "rex", *QUICK)
+
+
+def weights(artifact: str) -> dict[str, bytes]:
+    tensors = load_file(Path(artifact) / "pytorch_lora_weights.safetensors")
+    return {name: tensor.tobytes() for name, tensor in sorted(tensors.items())}
+
+
+def test_train_answers_with_the_contract(trained: tuple[Path, dict[str, Any]]) -> None:
+    root, answer = trained
+    assert answer["state"] == "succeeded"
+    assert (answer["subject"], answer["version"]) == ("rex", "v1")
+    assert answer["prior_images_drawn"] == 4
+    assert Path(answer["artifact"], "manifest.json").is_file()
+    assert {"loss_subject", "loss_class"} <= set(answer["metrics"])
+    assert not (root / "runs/rex/v1/checkpoints").exists()
+    steps = [
+        json.loads(line)["step"]
+        for line in (root / "runs/rex/v1/events.jsonl").read_text().splitlines()
+        if json.loads(line)["event"] == "step"
+    ]
+    assert steps == list(range(1, 13))
+
+
+def test_mlflow_has_the_figures_the_samples_and_the_champion(trained: tuple[Path, dict[str, Any]]) -> None:
+    from mlflow import MlflowClient
+
+    root, answer = trained
+    client = MlflowClient(
+        tracking_uri=f"sqlite:///{root}/mlflow.db", registry_uri=f"sqlite:///{root}/mlflow.db"
+    )
+    run = client.get_run(answer["run_id"])
+    assert run.info.status == "FINISHED"
+    assert run.data.params["train.steps"] == "12"
+    assert len(client.get_metric_history(answer["run_id"], "loss_subject")) == 12
+    assert {"loss_class", "lr", "steps_per_second", "grad_norm"} <= set(run.data.metrics)
+    assert [f.path for f in client.list_artifacts(answer["run_id"], "samples")] == [
+        "samples/samples_000012.png"
+    ]
+    assert client.get_model_version_by_alias("rex", "champion").tags["raybooth.version"] == "v1"
+
+
+def test_the_same_command_again_does_nothing(trained: tuple[Path, dict[str, Any]], photos: Path) -> None:
+    root, first = trained
+    again = booth(root, "train", str(photos), "--class", SUBJECT_CLASS, "--name", "rex", *QUICK)
+    assert again["already_there"]
+    assert again["version"] == "v1"
+    assert again["artifact"] == first["artifact"]
+    assert (root / "runs/rex").is_dir()
+    assert [p.name for p in (root / "runs/rex").iterdir()] == ["v1"]
+
+
+def test_an_image_is_the_same_to_the_byte_whatever_is_drawn_beside_it(
+    trained: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    root, _ = trained
+    ask = ("generate", "rex", "a photo of {subject} on the beach", "--seed", "7", "--steps", "4")
+    four = booth(root, *ask, "-n", "4", "--out", str(tmp_path / "four"))
+    one = booth(root, *ask, "-n", "1", "--out", str(tmp_path / "another place"))
+    assert four["seeds"] == [7, 8, 9, 10]
+    assert Path(one["images"][0]).read_bytes() == Path(four["images"][0]).read_bytes()
+    assert len({Path(image).read_bytes() for image in four["images"]}) == 4
+
+
+def test_a_second_subject_of_the_class_draws_no_prior_and_a_killed_driver_loses_nothing(
+    trained: tuple[Path, dict[str, Any]], photos: Path
+) -> None:
+    """`kill -9` of the driver after a checkpoint, then the same command: the tensors of an undisturbed run."""
+    root, first = trained
+    # The same photos and recipe under another name: by the design its tensors are those of the first.
+    command = [*RAYBOOTH, "train", str(photos), "--class", SUBJECT_CLASS, "--name", "tom", *QUICK]
+    command += ["--storage", str(root), "--json"]
+    driver = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    checkpoints = root / "runs/tom/v1/checkpoints"
+    deadline = time.monotonic() + 200
+    while not (checkpoints.is_dir() and any(p.name.startswith("step_") for p in checkpoints.iterdir())):
+        assert driver.poll() is None, "the driver ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.kill(driver.pid, signal.SIGKILL)
+    driver.wait()
+    assert not (root / "registry/tom.json").exists()
+    answer = booth(root, "train", str(photos), "--class", SUBJECT_CLASS, "--name", "tom", *QUICK)
+    assert answer["version"] == "v1"
+    assert answer["prior_images_drawn"] == 0
+    assert weights(answer["artifact"]) == weights(first["artifact"])
+    events = [json.loads(line) for line in (root / "runs/tom/v1/events.jsonl").read_text().splitlines()]
+    assert [e["step"] for e in events if e["event"] == "step"] == list(range(1, 13))
+
+
+def test_promote_and_rollback_move_the_champion(trained: tuple[Path, dict[str, Any]], photos: Path) -> None:
+    root, _ = trained
+    more = [*QUICK, "--set", "train.steps=2", "--set", "validate.prompts=[]"]
+    second = booth(root, "train", str(photos), "--class", SUBJECT_CLASS, "--name", "rex", *more)
+    assert second["version"] == "v2"
+    assert booth(root, "subjects", "show", "rex")["aliases"]["champion"] == "v2"
+    assert booth(root, "subjects", "promote", "rex", "v1")["aliases"]["champion"] == "v1"
+    assert booth(root, "subjects", "rollback", "rex")["aliases"]["champion"] == "v2"

@@ -1,0 +1,90 @@
+"""This file is where tests of training get a process group and a run to train."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from training.batches import Batches
+from training.dataplan import DataPlan
+from training.lease import LatentTable, Lease
+from training.loop import ResidentBase
+from training.pipeline import load_tokenizer, open_base, token_ids
+from training.recipe import Run
+
+
+@pytest.fixture(scope="session")
+def group() -> Iterator[None]:
+    """A process group of one, as a gang's worker has it."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def resident(tiny_base: Path) -> ResidentBase:
+    """The tiny base, loaded."""
+    return load_resident(tiny_base)
+
+
+def load_resident(folder: Path) -> ResidentBase:
+    return ResidentBase.load(str(folder), open_base(str(folder)).revision, torch.device("cpu"))
+
+
+def latents(seed: int, rows: int) -> dict[str, Any]:
+    generator = np.random.default_rng(seed)
+    mean = generator.standard_normal((rows, 4, 8, 8), dtype=np.float32)
+    return {"mean": mean, "std": np.full_like(mean, 0.1)}
+
+
+@pytest.fixture
+def make_lease(tmp_path: Path) -> Callable[..., Lease]:
+    """A lease without latents, for `ResidentBase` and recipe sections; tests bring their own tables."""
+
+    def make(base: ResidentBase, name: str = "rex", **sections: Any) -> Lease:
+        prompts = token_ids(
+            load_tokenizer(base.info), ["a photo of a zwx dog", "a photo of a dog"], base.info.token_limit
+        )
+        run = Run.model_validate({"subject": {"name": name, "class": "dog", "images": ["x"]}, **sections})
+        return Lease(
+            run=run.model_dump(mode="json", by_alias=True),
+            name=name,
+            version="v1",
+            base_model=base.info.model,
+            base_revision=base.info.revision,
+            storage_uri=str(tmp_path / "storage"),
+            subject_latents=[],
+            class_latents=[],
+            subject_ids=prompts[0].tolist(),
+            class_ids=prompts[1].tolist(),
+            identity={
+                "identifier": "zwx",
+                "class_noun": "dog",
+                "template": "a {identifier} {class}",
+                "token_ids": [1],
+            },
+            meta={"fingerprint": f"{name}-f", "prior_key": "p"},
+        )
+
+    return make
+
+
+@pytest.fixture
+def make_batches() -> Callable[..., Batches]:
+    """The batches of a lease over random latents: 3 of the subject, 5 of the class."""
+
+    def make(lease: Lease, base: ResidentBase, rank: int = 0, world: int = 1) -> Batches:
+        run = lease.recipe
+        plan = DataPlan(run.train.seed, 3, 5, run.train.pairs_per_step, 1000, run.prior.weight)
+        tables = [LatentTable(**latents(seed, rows)) for seed, rows in ((1, 3), (2, 5))]
+        per_step = min(run.train.accumulation, plan.pairs_per_rank(world))
+        ids = torch.tensor(lease.prompts)
+        return Batches(
+            plan, tables, ids, base.info.scaling_factor, rank, world, per_step, torch.device("cpu")
+        )
+
+    return make

@@ -1,0 +1,102 @@
+"""Real gangs on a tiny base: Ray Train, the mailbox, DeepSpeed, published artifacts."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+from uuid import uuid4
+
+import numpy as np
+import pytest
+import ray
+
+from cluster.mailbox import Event, create
+from cluster.session import session
+from cluster.storage import Storage
+from training.artifact import open_artifact
+from training.gang import GangShape, run_gang
+from training.lease import Lease
+from training.loop import ResidentBase
+
+FULL = {
+    "method": "full",
+    "steps": 4,
+    "lr": 1e-4,
+    "pairs_per_step": 3,
+    "text_encoder": {"train": True, "lr": 1e-5},
+}
+
+
+@pytest.fixture(scope="module")
+def ray_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with session(None, 4, Storage(str(tmp_path_factory.mktemp("root")))):
+        yield
+
+
+@pytest.fixture
+def with_latents(make_lease: Callable[..., Lease], resident: ResidentBase) -> Callable[..., Lease]:
+    """Leases with latents in the object store: the subject's in two blocks, 5 of the class in one."""
+
+    def block(seed: int, rows: int) -> Any:
+        mean = np.random.default_rng(seed).standard_normal((rows, 4, 8, 8), dtype=np.float32)
+        return ray.put({"mean": mean, "std": np.full_like(mean, 0.1)})
+
+    def make(name: str, **sections: Any) -> Lease:
+        lease = make_lease(resident, name=name, **sections)
+        return replace(lease, subject_latents=[block(1, 2), block(2, 1)], class_latents=[block(3, 5)])
+
+    return make
+
+
+def train(leases: list[Lease], workers: int) -> list[Event]:
+    name = f"test-{uuid4().hex[:8]}"
+    box = create(name)
+    for lease in leases:
+        box.post(lease)
+    box.stop()
+    run_gang(name, GangShape(workers=workers))
+    events = box.drain()
+    box.close()
+    return events
+
+
+def losses(events: list[Event], lease: int) -> list[list[float]]:
+    keys = ("loss_subject", "loss_class", "grad_norm")
+    return [[e.payload[k] for k in keys] for e in events if (e.lease, e.kind) == (lease, "step")]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_session")
+def test_a_gang_trains_lease_after_lease_and_two_workers_give_the_losses_of_one(
+    with_latents: Callable[..., Lease], storage: Storage
+) -> None:
+    lora = with_latents("ada", train={**FULL, "method": "lora"}, checkpoint={"every": 2})
+    bad = with_latents("bad", train={**FULL, "lr": 1.0, "steps": 60, "max_grad_norm": None})
+    alone = train([with_latents("rex", train=FULL), bad, lora], workers=1)
+    kinds = [(e.lease, e.kind) for e in alone if e.kind != "step"]
+    assert kinds == [
+        (0, "started"),
+        (0, "published"),
+        (1, "started"),
+        (1, "failed"),
+        (2, "started"),
+        (2, "checkpoint"),
+        (2, "published"),
+    ]
+    failed = next(e for e in alone if e.kind == "failed")
+    assert "diverged" in failed.payload["what"] and failed.payload["do"]
+    steps = [e.payload for e in alone if (e.lease, e.kind) == (0, "step")]
+    assert [s["step"] for s in steps] == [1, 2, 3, 4]
+    assert all((s["lr"], s["lr_text"]) == (1e-4, 1e-5) and s["steps_per_second"] > 0 for s in steps)
+    for name, method in (("rex", "full"), ("ada", "lora")):
+        with open_artifact(storage, name, "v1") as artifact:
+            assert artifact.manifest["method"] == method and artifact.manifest["metrics"]["loss_subject"] > 0
+            assert artifact.identity.identifier == "zwx"
+
+    sharded = [with_latents(f"rex{stage}", train=FULL, engine={"zero_stage": stage}) for stage in (0, 2)]
+    together = train([*sharded, replace(lora, name="ada2")], workers=2)
+    for lease in (0, 1):
+        assert np.allclose(losses(together, lease), losses(alone, 0), atol=1e-5)
+    assert np.allclose(losses(together, 2), losses(alone, 2), atol=1e-5)
+    for name in ("rex2", "ada2"):
+        with open_artifact(storage, name, "v1") as artifact:
+            assert artifact.folder.is_dir()

@@ -1,0 +1,86 @@
+"""Adapters start as nothing, come back whole, and do not depend on anything but the seed."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from cluster.errors import SystemFailure, UserError
+from training.lora import attach, load_lora, save_lora
+from training.pipeline import load_text_encoder, load_unet, open_base, predict
+from training.recipe import Lora
+
+LORA = Lora(rank=4, alpha=2.0)
+
+
+def models(folder: Path) -> tuple[nn.Module, nn.Module]:
+    base = open_base(str(folder))
+    return load_unet(base), load_text_encoder(base)
+
+
+def adapters(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p for name, p in model.named_parameters() if "lora_" in name}
+
+
+def output(unet: nn.Module) -> torch.Tensor:
+    x, text = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.ones(2, 32, 32)
+    with torch.no_grad():
+        return predict(unet, x, torch.tensor([10, 700]), text)
+
+
+def test_fresh_adapters_change_nothing_and_only_they_are_trained(tiny_base: Path) -> None:
+    unet, text_encoder = models(tiny_base)
+    before = output(unet)
+    state = torch.random.get_rng_state()
+    attach(unet, text_encoder, LORA, train_text=False, seed=3)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert torch.equal(output(unet), before)
+    assert {name for name, p in unet.named_parameters() if p.requires_grad} == set(adapters(unet))
+    assert not any(p.requires_grad for p in text_encoder.parameters())
+    assert not adapters(text_encoder)
+
+
+def test_the_start_depends_on_the_seed_alone(tiny_base: Path) -> None:
+    starts: list[dict[str, torch.Tensor]] = []
+    for seed in (3, 3, 4):
+        torch.manual_seed(len(starts))
+        unet, text_encoder = models(tiny_base)
+        attach(unet, text_encoder, LORA, train_text=True, seed=seed)
+        starts.append({**adapters(unet), **adapters(text_encoder)})
+    same, again, other = starts
+    assert all(torch.equal(same[name], again[name]) for name in same)
+    assert not any(torch.equal(same[name], other[name]) for name in same if "lora_A" in name)
+
+
+@pytest.mark.parametrize("train_text", [False, True])
+def test_what_is_saved_comes_back(tiny_base: Path, tmp_path: Path, train_text: bool) -> None:
+    unet, text_encoder = models(tiny_base)
+    attach(unet, text_encoder, LORA, train_text, seed=3)
+    for model in (unet, text_encoder):
+        for p in adapters(model).values():
+            nn.init.normal_(p, std=0.1)
+    save_lora(unet, text_encoder if train_text else None, tmp_path, LORA)
+    fresh_unet, fresh_text = models(tiny_base)
+    load_lora(fresh_unet, fresh_text, tmp_path)
+    assert torch.equal(output(fresh_unet), output(unet))
+    for fresh, trained in ((fresh_unet, unet), (fresh_text, text_encoder)):
+        assert {n: p.tolist() for n, p in adapters(fresh).items()} == {
+            n: p.tolist() for n, p in adapters(trained).items()
+        }
+        assert not any(p.requires_grad for p in fresh.parameters())
+
+
+def test_a_target_that_names_nothing_is_refused(tiny_base: Path) -> None:
+    unet, text_encoder = models(tiny_base)
+    with pytest.raises(UserError, match=r"train\.lora\.targets names 'to_z'"):
+        attach(unet, text_encoder, Lora(targets=("to_q", "to_z")), False, 0)
+
+
+def test_adapters_of_another_model_are_refused(tiny_base: Path, tmp_path: Path) -> None:
+    unet, text_encoder = models(tiny_base)
+    attach(unet, text_encoder, LORA, False, 0)
+    save_lora(unet, None, tmp_path, LORA)
+    wider = nn.ModuleDict({"to_q": nn.Linear(8, 8), "to_k": nn.Linear(8, 8)})
+    with pytest.raises((SystemFailure, ValueError)):
+        load_lora(wider, text_encoder, tmp_path)

@@ -1,0 +1,130 @@
+"""Prior sets and latents through real Ray Data actors: drawn once, the same whoever asks, checked when read."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cluster.errors import SystemFailure
+from cluster.session import session
+from cluster.storage import Storage
+from training.intake import read_photos, store_photos
+from training.pipeline import encode_image, load_vae, open_base
+from training.png import decode_png
+from training.prior import draw_prior, image_seed, prior_count, prior_images, prior_key, prior_pngs
+from training.recipe import Data, Prior
+from training.stream import ImageSet, Pool, encode, latent_path, latent_refs, missing_shards
+
+pytestmark = pytest.mark.slow
+PRIOR = Prior(num_images=6, steps=3, guidance=4.0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with session(None, 3, Storage(str(tmp_path_factory.mktemp("ray")))):
+        yield
+
+
+def test_a_larger_request_draws_only_what_is_missing_and_equals_one_drawn_at_once(
+    tiny_base: Path, storage: Storage, tmp_path: Path
+) -> None:
+    base, key = open_base(str(tiny_base)), prior_key(open_base(str(tiny_base)), PRIOR, "dog")
+    seen: list[int] = []
+    first = PRIOR.model_copy(update={"num_images": 3})
+    assert draw_prior(storage, base, first, "dog", Pool(), lambda: seen.append(1)) == 3
+    assert draw_prior(storage, base, PRIOR, "dog", Pool(), lambda: seen.append(1)) == 3
+    assert draw_prior(storage, base, PRIOR, "dog", Pool()) == 0
+    assert draw_prior(storage, base, first, "dog", Pool()) == 0
+    assert (len(seen), prior_count(storage, key)) == (6, 6)
+    at_once = Storage(str(tmp_path / "other"))
+    assert draw_prior(at_once, base, PRIOR, "dog", Pool(actors=2)) == 6
+    pngs = list(prior_pngs(storage, key, 6))
+    assert pngs == list(prior_pngs(at_once, key, 6))
+    assert len(set(pngs)) == 6
+    assert decode_png(pngs[0]).shape == (16, 16, 3)
+
+
+def test_the_key_names_what_decides_the_pixels_and_not_how_many(tiny_base: Path, tiny_base_v: Path) -> None:
+    base = open_base(str(tiny_base))
+    key = prior_key(base, PRIOR, "dog")
+    assert key == prior_key(base, PRIOR.model_copy(update={"num_images": 99, "weight": 0.5}), "dog")
+    changed = [
+        prior_key(base, PRIOR, "cat"),
+        prior_key(open_base(str(tiny_base_v)), PRIOR, "dog"),
+        prior_key(base, PRIOR, "dog", "cuda"),
+        *(
+            prior_key(base, PRIOR.model_copy(update=change), "dog")
+            for change in (
+                {"seed": 1},
+                {"steps": 4},
+                {"guidance": 5.0},
+                {"sampler": "dpm++2m"},
+                {"negative_prompt": "cat"},
+                {"prompt": "a {class}"},
+            )
+        ),
+    ]
+    assert len({key, *changed}) == len(changed) + 1
+    assert image_seed(0, 1) != image_seed(1, 0)
+
+
+def test_a_damaged_shard_is_refused(tiny_base: Path, storage: Storage) -> None:
+    base = open_base(str(tiny_base))
+    few = PRIOR.model_copy(update={"num_images": 2})
+    draw_prior(storage, base, few, "dog", Pool())
+    key = prior_key(base, few, "dog")
+    shard = Path(storage.uri) / f"priors/{key}/images-000000.parquet"
+    shard.write_bytes(shard.read_bytes()[:-1] + b"x")
+    with pytest.raises(SystemFailure, match="damaged"):
+        list(prior_pngs(storage, key, 2))
+
+
+def test_latents_are_the_vaes_own_for_every_variant_and_are_encoded_once(
+    tiny_base: Path, storage: Storage, tmp_path: Path
+) -> None:
+    import ray
+
+    pixels = np.random.default_rng(0).integers(0, 255, (2, 64, 80, 3), dtype=np.uint8)
+    for number, photo in enumerate(pixels):
+        Image.fromarray(photo).save(tmp_path / f"{number}.png")
+    base = open_base(str(tiny_base))
+    stored = store_photos(storage, "rex", read_photos([str(tmp_path)], base.image_size), base.image_size)
+    data = Data(variants=2, flip=True)
+    table = {"photos.parquet": (f"{stored.path}/photos.parquet", stored.digest)}
+    photos = ImageSet(stored.key, table, data)
+    seen: list[int] = []
+    encode(storage, base, [photos], Pool(), lambda: seen.append(1))
+    encode(storage, base, [photos], Pool(), lambda: seen.append(1))
+    assert len(seen) == 2 * 2 * 2
+    assert missing_shards(storage, base, photos) == []
+    [reference] = latent_refs(storage, base, photos)
+    found = ray.get(reference)
+    assert found["mean"].shape == found["std"].shape == (8, 4, 8, 8)
+    assert found["mean"].dtype == np.float32
+    # the mirrored variant is the VAE's latent of the mirrored pixels, not the mirrored latent
+    from training.intake import crops
+
+    cuts = crops(storage.read_rows(*table["photos.parquet"])["png"][1], 16, data)
+    with torch.inference_mode():
+        image = torch.from_numpy(np.ascontiguousarray(cuts[3])).permute(2, 0, 1)[None].float() / 127.5 - 1.0
+        mean, std = encode_image(load_vae(base), image)
+    assert np.array_equal(found["mean"][7], mean[0].numpy())
+    assert np.array_equal(found["std"][7], std[0].numpy())
+    other = ImageSet(stored.key, table, Data())
+    assert latent_path(base, other) != latent_path(base, photos)
+
+
+def test_a_run_that_wants_fewer_class_images_uses_the_first(tiny_base: Path, storage: Storage) -> None:
+    import ray
+
+    base, key = open_base(str(tiny_base)), prior_key(open_base(str(tiny_base)), PRIOR, "dog")
+    draw_prior(storage, base, PRIOR, "dog", Pool())
+    images = prior_images(storage, key, 6)
+    encode(storage, base, [images], Pool())
+    every = np.concatenate([ray.get(r)["mean"] for r in latent_refs(storage, base, images)])
+    some = np.concatenate([ray.get(r)["mean"] for r in latent_refs(storage, base, images, limit=4)])
+    assert len(every) == 6
+    assert np.array_equal(some, every[:4])

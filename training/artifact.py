@@ -1,0 +1,123 @@
+"""This file is where an artifact is: what training publishes and serving loads, weights with a manifest.
+
+The manifest's keys besides `files`: `kind`, `format`, `method`, `base` {model, revision}, `identity`, `recipe`
+(the run by its YAML names), `fingerprint`, `prior_key`, `metrics`, `steps`.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from cluster.errors import SystemFailure
+from cluster.storage import Storage
+from training.lora import save_lora
+from training.pipeline import BaseInfo, save_pipeline
+from training.recipe import Run
+
+KIND = "raybooth-artifact"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Identity:
+    """How prompts name the subject. Serving builds them from this, not from what its own defaults say."""
+
+    identifier: str
+    """The rare word."""
+    class_noun: str
+    """The class noun."""
+    template: str
+    """What `{subject}` means, such as `a {identifier} {class}`."""
+    token_ids: tuple[int, ...]
+    """The identifier in the base's tokenizer."""
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "Identity":
+        """The identity that a manifest holds."""
+        return cls(
+            value["identifier"], value["class_noun"], value["template"], tuple(map(int, value["token_ids"]))
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """What a manifest holds."""
+        return {**asdict(self), "token_ids": list(self.token_ids)}
+
+
+@dataclass(frozen=True)
+class OpenArtifact:
+    """An artifact whose every file was checked, as a local folder."""
+
+    folder: Path
+    manifest: dict[str, Any]
+
+    @property
+    def identity(self) -> Identity:
+        """How prompts name its subject."""
+        return Identity.from_json(self.manifest["identity"])
+
+
+def artifact_path(name: str, version: str) -> str:
+    """Where a version lies under the storage root."""
+    return f"artifacts/{name}/{version}"
+
+
+def artifact_meta(
+    base: BaseInfo,
+    run: Run,
+    identity: Identity,
+    fingerprint: str,
+    prior_key: str | None,
+    metrics: Mapping[str, float],
+) -> dict[str, Any]:
+    """The manifest of an artifact but for its files; nothing in it depends on time."""
+    return {
+        "kind": KIND,
+        "format": FORMAT,
+        "method": run.train.method,
+        "base": {"model": base.model, "revision": base.revision},
+        "identity": identity.as_json(),
+        "recipe": run.model_dump(mode="json", by_alias=True),
+        "fingerprint": fingerprint,
+        "prior_key": prior_key,
+        "metrics": dict(metrics),
+        "steps": run.train.steps,
+    }
+
+
+def write_weights(base: BaseInfo, run: Run, unet: nn.Module, text_encoder: nn.Module, folder: Path) -> None:
+    """Write trained weights in the layout of the run's method.
+
+    Args:
+        base: What was trained.
+        run: Its method is `lora` (one file for `load_lora_weights`) or `full` (a folder for `from_pretrained`).
+        unet: With whole parameters; with adapters for `lora`.
+        text_encoder: Likewise.
+        folder: Where to; made if it is not there.
+    """
+    if run.train.method == "lora":
+        save_lora(unet, text_encoder if run.train.text_encoder.train else None, folder, run.train.lora)
+    else:
+        save_pipeline(base, unet, text_encoder, folder)
+
+
+@contextmanager
+def open_artifact(storage: Storage, name: str, version: str) -> Iterator[OpenArtifact]:
+    """A published artifact, every file checked against its manifest.
+
+    Raises:
+        SystemFailure: It is missing or damaged, or of a format that this version does not read.
+    """
+    path = artifact_path(name, version)
+    with storage.verified(path) as folder:
+        manifest = storage.manifest(path) or {}
+        if (manifest.get("kind"), manifest.get("format")) != (KIND, FORMAT):
+            raise SystemFailure(
+                f"{storage.full(path)} is no artifact that this version reads",
+                f"kind {manifest.get('kind')!r}, format {manifest.get('format')!r}",
+                "train it again, or use the version of raybooth that wrote it",
+            )
+        yield OpenArtifact(folder, manifest)

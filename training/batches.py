@@ -1,0 +1,100 @@
+"""This file is where a step's rows become tensors: the plan says which, the latent tables hold them.
+
+B rows, C latent channels, h w latent size, L tokens.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+
+from cluster.errors import SystemFailure
+from training.dataplan import DataPlan, PlanRow, Role
+from training.lease import LatentTable, Lease, latent_table
+from training.objective import PairBatch
+from training.pipeline import BaseInfo
+from training.schedule import NoiseSchedule
+
+
+@dataclass(frozen=True)
+class Batches:
+    """The micro-batches of a rank, built from the latent tables by the plan."""
+
+    plan: DataPlan
+    tables: Sequence[LatentTable | None]
+    """Of the subject and of the class."""
+    token_ids: torch.Tensor
+    """int64 [K, L], of the subject's and the class's prompt, by role."""
+    scaling_factor: float
+    rank: int
+    world: int
+    per_step: int
+    """Micro-batches of a step."""
+    device: torch.device
+
+    @classmethod
+    def of(cls, lease: Lease, base: BaseInfo, device: torch.device, rank: int, world: int) -> "Batches":
+        """The batches of a lease: its latents are fetched here, once."""
+        run = lease.recipe
+        subject, of_class = latent_table(lease.subject_latents), latent_table(lease.class_latents)
+        if subject is None:
+            raise SystemFailure(f"the lease of {lease.name} has no latents")
+        plan = DataPlan(
+            seed=run.train.seed,
+            subject_rows=len(subject),
+            class_rows=len(of_class) if of_class else 0,
+            pairs_per_step=run.train.pairs_per_step,
+            num_timesteps=NoiseSchedule.from_config(base.scheduler).num_timesteps,
+            prior_weight=run.prior.weight,
+        )
+        return cls(
+            plan,
+            (subject, of_class),
+            torch.tensor(lease.prompts),
+            base.scaling_factor,
+            rank,
+            world,
+            min(run.train.accumulation, plan.pairs_per_rank(world)),
+            device,
+        )
+
+    def of_step(self, step: int) -> Iterator[PairBatch]:
+        """This rank's micro-batches of a step, about equally large, none empty."""
+        rows = self.plan.rows(step, self.rank, self.world)
+        each, pairs = len(self.plan.roles), self.plan.pairs_per_rank(self.world)
+        edges = [each * (pairs * number // self.per_step) for number in range(self.per_step + 1)]
+        for start, end in pairwise(edges):
+            yield self._batch(rows[start:end])
+
+    def _batch(self, rows: Sequence[PlanRow]) -> PairBatch:
+        role = torch.tensor([int(row.role) for row in rows])
+        return PairBatch(
+            latents=torch.from_numpy(np.stack([self._latent(row) for row in rows])),
+            noise=torch.from_numpy(
+                np.stack([self.plan.noise(row.sample_index, self._shape) for row in rows])
+            ),
+            timesteps=torch.tensor([row.timestep for row in rows]),
+            token_ids=self.token_ids[role],
+            role=role,
+            weight=torch.tensor([row.weight for row in rows]),
+            sample_index=torch.tensor([row.sample_index for row in rows]),
+        ).to(self.device)
+
+    @property
+    def _shape(self) -> tuple[int, ...]:
+        """(C, h, w)."""
+        table = self.tables[Role.SUBJECT]
+        assert table is not None
+        return table.mean.shape[1:]
+
+    def _latent(self, row: PlanRow) -> Any:
+        """A sample of a row's posterior, scaled, float32 [C, h, w]."""
+        table = self.tables[row.role]
+        assert table is not None  # the plan has class rows only when there is a class table
+        mean, std = table.mean[row.table_row], table.std[row.table_row]
+        return (mean + std * self.plan.posterior_noise(row.sample_index, self._shape)) * np.float32(
+            self.scaling_factor
+        )

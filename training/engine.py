@@ -1,0 +1,256 @@
+"""This file is where an optimizer step happens; it is the door to DeepSpeed.
+
+DeepSpeed sees one fp32 module: masters are fp32 at every ZeRO stage, and a lower compute type is the module's own
+autocast. Clipping is DeepSpeed's where it shards gradients (stages 1-3) and ours at stage 0, where it would not tell
+the norm.
+"""
+
+import logging
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from training.checkpoint import State
+from training.module import TEXT_ENCODER, UNET, DreamBoothModule
+from training.objective import PairBatch
+from training.recipe import Engine, Train
+
+LARGEST_BUCKET = (
+    500_000_000  # elements in one reduction, DeepSpeed's default; smaller models need no more than theirs
+)
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@cache
+def _deepspeed() -> Any:
+    """The deepspeed module, imported without what costs seconds and is not used here."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # its muon optimizer would import inductor, 2-3 s
+    hidden = sys.modules.get("mlflow")
+    sys.modules["mlflow"] = cast(Any, None)  # its autotuner would import mlflow, 1 s and 100 MB
+    try:
+        import deepspeed
+        import deepspeed.ops
+    finally:
+        if hidden is None:
+            del sys.modules["mlflow"]
+        else:
+            sys.modules["mlflow"] = hidden
+    if not torch.cuda.is_available():
+        deepspeed.ops.__compatible_ops__ = {}  # else it compiles shared-memory collectives, 90 s the first time
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    return deepspeed
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What a step came to. The figures stay on the device until somebody reads them."""
+
+    step: int
+    """Steps done, this one included."""
+    figures: torch.Tensor
+    """float32 [3]: loss of the subject, loss of the class, gradient norm before clipping; over all ranks."""
+    lr: float
+    lr_text: float | None
+    """`None` when the text encoder is not trained."""
+
+
+def zero_stage(engine: Engine, train: Train, world: int) -> int:
+    """The ZeRO stage of a run: `auto` is 0 for one worker or LoRA, where sharding only adds a copy, else 2."""
+    if engine.zero_stage != "auto":
+        return engine.zero_stage
+    return 0 if world == 1 or train.method == "lora" else 2
+
+
+def compute_type(engine: Engine) -> torch.dtype | None:
+    """The autocast type of a run, `None` for fp32: `auto` is bf16 on a GPU that has it."""
+    has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    return torch.bfloat16 if engine.precision == "bf16" or (engine.precision == "auto" and has_bf16) else None
+
+
+def learning_rate(lr: float, step: int, warmup_steps: int) -> float:
+    """The learning rate of step `step` (from 0): constant after a linear warm-up."""
+    return lr * min(1.0, (step + 1) / (warmup_steps + 1))
+
+
+class TrainingEngine:
+    """A module, its optimizer and the collectives between them. Every method is called by all ranks together.
+
+    Args:
+        module: Trained in place; its parameters are on the device.
+        train: Learning rates, clipping, weight decay.
+        stage: ZeRO stage.
+        micro_batches: Batches per step.
+        state: What to go on from; `None` starts as the module is.
+
+    The process group exists already; whoever made it ends it.
+    """
+
+    def __init__(
+        self,
+        module: DreamBoothModule,
+        train: Train,
+        stage: int,
+        micro_batches: int,
+        state: State | None = None,
+    ) -> None:
+        self.module = module
+        self._train = train
+        self._stage = stage
+        self._world = dist.get_world_size()
+        self._named = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self._restore = state
+        if state:
+            _load_parameters(self._named, state.parameters)  # before DeepSpeed copies them
+        groups = module.parameter_groups()
+        lrs = {UNET: train.lr, TEXT_ENCODER: train.text_encoder.lr}
+        self._lrs = [lrs[name] for name in groups]
+        self._has_text = TEXT_ENCODER in groups
+        self._parameters = [p for parameters in groups.values() for p in parameters]
+        self._adam = torch.optim.AdamW(
+            [{"params": parameters, "lr": lrs[name]} for name, parameters in groups.items()],
+            weight_decay=train.weight_decay,
+            fused=True,
+        )
+        _describe_group()
+        bucket = min(LARGEST_BUCKET, sum(p.numel() for p in self._parameters))
+        self._engine, *_ = _deepspeed().initialize(
+            model=module,
+            optimizer=self._adam,
+            config={
+                "train_micro_batch_size_per_gpu": 1,
+                "gradient_accumulation_steps": micro_batches,
+                "gradient_clipping": (train.max_grad_norm or 0.0) if stage else 0.0,
+                "zero_optimization": {
+                    "stage": stage,
+                    "reduce_bucket_size": bucket,
+                    "allgather_bucket_size": bucket,
+                },
+                "timers": {"throughput": {"enabled": False}},  # it waits for the device at every step
+                "steps_per_print": None,
+            },
+        )
+        if stage == 0 and self._world == 1:
+            self._engine.enable_backward_allreduce = False  # it would copy every gradient twice for nothing
+
+    def step(self, step: int, batches: Sequence[PairBatch]) -> StepReport:
+        """Step `step` (from 0): this rank's micro-batches forward and back, then one update.
+
+        Args:
+            step: Decides the learning rates.
+            batches: As many as the engine was made for, on the device.
+        """
+        if self._restore:
+            self._restore_moments(self._restore, batches)
+        lrs = [learning_rate(lr, step, self._train.warmup_steps) for lr in self._lrs]
+        return StepReport(step + 1, self._update(batches, lrs), lrs[0], lrs[-1] if self._has_text else None)
+
+    def state(self, step: int) -> State:
+        """Parameters and moments, whole and fp32, the same on every rank; valid until the next step."""
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        if self._stage == 0:
+            adam = self._adam.state
+            parameters = {name: p.detach() for name, p in self._named.items()}
+            moments = [{name: adam[p][key] for name, p in self._named.items()} for key in _MOMENTS]
+        else:
+            self._link_moments()
+            parameters = {name: safe_get_full_fp32_param(p) for name, p in self._named.items()}
+            moments = [
+                {name: safe_get_full_optimizer_state(p, key) for name, p in self._named.items()}
+                for key in _MOMENTS
+            ]
+        return State(step, parameters, moments[0], moments[1])
+
+    def gathered(self) -> AbstractContextManager[Any]:
+        """A context in which the module's parameters are whole on every rank."""
+        if self._stage < 3:
+            return nullcontext()
+        gather = _deepspeed().zero.GatheredParameters(list(self.module.parameters()), modifier_rank=None)
+        return cast(AbstractContextManager[Any], gather)
+
+    def close(self) -> None:
+        """Take DeepSpeed's hooks off the module and let go of its buffers."""
+        self._engine.destroy()
+
+    def _update(self, batches: Sequence[PairBatch], lrs: Sequence[float]) -> torch.Tensor:
+        """One optimizer step at the given learning rates; returns the figures of a `StepReport`."""
+        for group, lr in zip(self._adam.param_groups, lrs, strict=True):
+            group["lr"] = lr
+        figures = torch.zeros(3, device=batches[0].latents.device)
+        for number, batch in enumerate(batches, start=1):
+            loss, subject, of_class = self._engine(batch)
+            # the parts of micro-batches and ranks add up, DeepSpeed would average over ranks
+            self._engine.backward(loss * self._world, scale_wrt_gas=False)
+            figures[:2] += torch.stack((subject, of_class))
+            if number < len(batches):
+                self._engine.step()  # counts the micro-batch
+        if self._stage == 0:
+            figures[2] = self._clip()
+        self._engine.step()
+        if self._stage:
+            figures[2] = self._engine.get_global_grad_norm()
+        if self._world > 1:
+            dist.all_reduce(figures[:2])
+        return figures
+
+    def _clip(self) -> torch.Tensor:
+        """Have the gradients scaled down to the largest norm allowed; returns their norm before.
+
+        The fused optimizer divides by `grad_scale` as it reads a gradient, which saves a pass over all of them.
+        """
+        norm = nn.utils.get_total_norm(p.grad for p in self._parameters if p.grad is not None)
+        if self._train.max_grad_norm is not None:
+            scale = ((norm + 1e-6) / self._train.max_grad_norm).clamp(
+                min=1.0
+            )  # 1e-6 as torch's and DeepSpeed's
+            self._adam.grad_scale = scale  # type: ignore[attr-defined]
+        return norm
+
+    def _link_moments(self) -> None:
+        """Let DeepSpeed find the moments of every parameter group; by itself it looks once, after the first group."""
+        if self._stage in (1, 2):
+            self._engine.optimizer._hp_optimizer_states_linked = False
+            self._engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+    def _restore_moments(self, state: State, batches: Sequence[PairBatch]) -> None:
+        """Bring back the moments; a step with learning rate 0, which changes no parameter, makes room for them."""
+        from deepspeed.utils import safe_set_full_optimizer_state
+
+        self._restore = None
+        self._update(batches, [0.0] * len(self._lrs))
+        self._link_moments()
+        for key, saved in zip(_MOMENTS, (state.first_moments, state.second_moments), strict=True):
+            for name, p in self._named.items():
+                if self._stage == 0:
+                    self._adam.state[p][key].copy_(saved[name])
+                else:
+                    safe_set_full_optimizer_state(p, saved[name].to(p.device), key)
+        for kept in self._adam.state.values():
+            kept["step"].fill_(state.step)
+
+
+def _load_parameters(named: Mapping[str, nn.Parameter], saved: Mapping[str, torch.Tensor]) -> None:
+    if set(named) != set(saved):
+        raise AssertionError(f"a checkpoint of this run holds other parameters: {set(named) ^ set(saved)}")
+    with torch.no_grad():
+        for name, parameter in named.items():
+            parameter.copy_(saved[name])
+
+
+def _describe_group() -> None:
+    """Tell DeepSpeed of the process group that exists; it would ask MPI otherwise."""
+    os.environ.setdefault("RANK", str(dist.get_rank()))
+    os.environ.setdefault("WORLD_SIZE", str(dist.get_world_size()))
+    os.environ.setdefault("LOCAL_RANK", "0")
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", "0")

@@ -1,0 +1,117 @@
+"""This file is where the rare word that names a subject is chosen, or checked when the user chose it."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from cluster.errors import UserError
+
+MAX_TOKENS = 4  # more share the subject among embeddings that all mean something already
+
+# Single tokens of CLIP's vocabulary, of its rarest merges, that mean little; `zwx` is for small models.
+CANDIDATES = ("ohwx", "phol", "tzky", "ynna", "zshq", "ylde", "zwx")
+
+KNOWN_MEANINGS: Mapping[str, str] = {
+    "sks": "a rifle",
+    "ak47": "a rifle",
+    "sls": "a car",
+    "gtr": "a car",
+    "jdm": "Japanese cars",
+    "dbz": "an animated series",
+    "bnha": "an animated series",
+    "xyz": "axes and diagrams",
+}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """An identifier, its token ids in the base's tokenizer, and what the user should know about it."""
+
+    identifier: str
+    token_ids: tuple[int, ...]
+    warnings: list[str] = field(default_factory=list)
+
+
+def choose_identifier(tokenizer: Any, wanted: str, class_noun: str) -> Choice:
+    """The identifier of a subject. It depends on the tokenizer and the class noun alone: not on name or time.
+
+    Args:
+        tokenizer: The base's CLIP tokenizer.
+        wanted: `auto`, or the user's own word.
+        class_noun: The subject's class; one the tokenizer does not hold as a word is a warning.
+
+    Raises:
+        UserError: The word cannot be spelled by the tokenizer, is longer than four tokens, or has braces; or
+            `auto` finds no rare word.
+    """
+    warnings = _class_warnings(tokenizer, class_noun)
+    if wanted == "auto":
+        word = _rare_word(tokenizer, class_noun)
+        return Choice(word, token_ids_of(tokenizer, word), warnings)
+    ids = token_ids_of(tokenizer, wanted)
+    pieces = "+".join(_spelled(tokenizer, ids))
+    if not ids or tokenizer.unk_token_id in ids or re.search(r"[{}]", wanted):
+        raise UserError(
+            f"the identifier {wanted!r} cannot be used",
+            "the base's tokenizer has no tokens for it",
+            "use letters and digits, or subject.identifier: auto",
+        )
+    if len(ids) > MAX_TOKENS:
+        raise UserError(
+            f"the identifier {wanted!r} is too long",
+            f"the base splits it into {len(ids)} tokens ({pieces}), at most {MAX_TOKENS} are allowed",
+            "use a short rare word, or subject.identifier: auto",
+        )
+    if len(ids) > 1:
+        warnings.append(
+            f"the identifier {wanted!r} is {len(ids)} tokens ({pieces}); one rare token learns better"
+        )
+    meaning = KNOWN_MEANINGS.get(wanted.lower())
+    if meaning:
+        warnings.append(f"the identifier {wanted!r} already means {meaning} to models like this one")
+    elif len(ids) == 1 and wanted not in CANDIDATES and ids[0] < len(tokenizer) // 2:
+        warnings.append(
+            f"the identifier {wanted!r} is a frequent word of the base; a rare one is forgotten less"
+        )
+    return Choice(wanted, ids, warnings)
+
+
+def token_ids_of(tokenizer: Any, text: str) -> tuple[int, ...]:
+    """The token ids of `text` alone, without start and end."""
+    return tuple(int(i) for i in tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _spelled(tokenizer: Any, ids: tuple[int, ...]) -> list[str]:
+    return [str(t).removesuffix("</w>") for t in tokenizer.convert_ids_to_tokens(list(ids))]
+
+
+def _class_warnings(tokenizer: Any, class_noun: str) -> list[str]:
+    warnings = []
+    for word in class_noun.split():
+        ids = token_ids_of(tokenizer, word)
+        if len(ids) != 1 or tokenizer.unk_token_id in ids:
+            pieces = "+".join(_spelled(tokenizer, ids))
+            warnings.append(
+                f"the class noun {word!r} is no single word of the base's vocabulary ({pieces}); "
+                "look whether its prior images show one"
+            )
+    return warnings
+
+
+def _rare_word(tokenizer: Any, class_noun: str) -> str:
+    """The first candidate that is one token; else the rarest short word, rather one without vowels.
+
+    Ids of a BPE vocabulary grow with rarity, as merges are learned from the most frequent pair down.
+    """
+    taken = {*class_noun.lower().split(), *KNOWN_MEANINGS}
+    by_rarity = sorted(tokenizer.get_vocab().items(), key=lambda item: -item[1])
+    short = [str(t).removesuffix("</w>") for t, _ in by_rarity if re.fullmatch(r"[a-z]{3,4}</w>", t)]
+    unlike_words = [word for word in short if not re.search("[aeiouy]", word)]
+    for word in (*CANDIDATES, *unlike_words, *short):
+        ids = token_ids_of(tokenizer, word)
+        if len(ids) == 1 and ids[0] != tokenizer.unk_token_id and word not in taken:
+            return word
+    raise UserError(
+        "no identifier could be picked", "the base's tokenizer has no short word", "give subject.identifier"
+    )

@@ -1,0 +1,82 @@
+"""This file is where a lease is defined: a run as it is handed to a gang, with references to its latents.
+
+N rows, C latent channels, h w latent size.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cluster.mailbox import fetch
+from training.recipe import Run
+
+
+@dataclass(frozen=True)
+class LatentTable:
+    """The VAE posterior of every image of a subject or a class, unscaled."""
+
+    mean: NDArray[np.float32]
+    """[N, C, h, w]."""
+    std: NDArray[np.float32]
+    """[N, C, h, w]."""
+
+    def __len__(self) -> int:
+        return len(self.mean)
+
+
+@dataclass(frozen=True)
+class Lease:
+    """One run, everything a gang needs to train it, and nothing that it would have to ask for."""
+
+    run: Mapping[str, Any]
+    """The `Run`, by alias."""
+    name: str
+    version: str
+    base_model: str
+    base_revision: str
+    storage_uri: str
+    subject_latents: Sequence[Any]
+    """References to `{"mean", "std"}`, float32 [n, C, h, w] each; the table is their concatenation."""
+    class_latents: Sequence[Any]
+    """The same of the class images; empty without prior preservation."""
+    subject_ids: Sequence[int]
+    """Token ids of the subject's prompt."""
+    class_ids: Sequence[int]
+    """Token ids of the class prompt."""
+    identity: Mapping[str, Any]
+    """Identifier, class noun, template, token ids: travels in the artifact."""
+    meta: Mapping[str, Any] = field(default_factory=dict)
+    """Further keys of the artifact's manifest: `fingerprint`, `prior_key`."""
+
+    @property
+    def recipe(self) -> Run:
+        """The run, validated."""
+        return Run.model_validate(self.run)
+
+    @property
+    def prompts(self) -> list[list[int]]:
+        """Token ids of the prompts that rows carry, by role."""
+        return [list(ids) for ids in (self.subject_ids, self.class_ids) if ids]
+
+    @property
+    def run_path(self) -> str:
+        """Where the run keeps its checkpoints."""
+        return f"runs/{self.name}/{self.version}"
+
+    @property
+    def fingerprint(self) -> str:
+        """Of what decides the weights; a checkpoint with another one is not gone on from."""
+        return str(self.meta.get("fingerprint", ""))
+
+
+def latent_table(references: Sequence[Any]) -> LatentTable | None:
+    """The concatenated table behind references; `None` when there are none."""
+    blocks = fetch(references)
+    if not blocks:
+        return None
+    if len(blocks) == 1:  # the arrays stay where they are, in shared memory
+        return LatentTable(blocks[0]["mean"], blocks[0]["std"])
+    return LatentTable(*(np.concatenate([block[key] for block in blocks]) for key in ("mean", "std")))

@@ -1,0 +1,139 @@
+"""This file is where low-rank adapters are: attached, written and read in the format of stock diffusers.
+
+It is the door to PEFT. An adapter adds alpha / rank * B A to a linear layer; A is random, B starts at zero.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from cluster.errors import SystemFailure, UserError
+from training.recipe import Lora
+
+ADAPTER = "default"
+FILE = "pytorch_lora_weights.safetensors"  # what diffusers' load_lora_weights looks for
+_METADATA = "lora_adapter_metadata"  # the key under which diffusers keeps rank, alpha and targets
+
+
+def attach(unet: nn.Module, text_encoder: nn.Module, lora: Lora, train_text: bool, seed: int) -> None:
+    """Put fresh adapters into the models, in place; nothing else of them requires a gradient afterwards.
+
+    Args:
+        unet: Of the base, without adapters.
+        text_encoder: Of the base; gets adapters when `train_text`.
+        lora: Rank, alpha and targets.
+        train_text: Whether the text encoder is trained too.
+        seed: Of A; each module's values depend on the seed and the module's name alone.
+
+    Raises:
+        UserError: A target names no module.
+    """
+    unet.requires_grad_(False)
+    text_encoder.requires_grad_(False)
+    _attach(unet, "unet", lora.targets, "train.lora.targets", lora, seed)
+    if train_text:
+        _attach(text_encoder, "text_encoder", lora.text_targets, "train.lora.text_targets", lora, seed)
+
+
+def save_lora(unet: nn.Module, text_encoder: nn.Module | None, folder: Path, lora: Lora) -> None:
+    """Write the adapters of both models as one file that stock `load_lora_weights(folder)` reads.
+
+    Args:
+        unet: With adapters of `attach`.
+        text_encoder: With or without adapters.
+        folder: Where to; made if it is not there.
+        lora: The rank and alpha they were attached with.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    metadata: dict[str, Any] = {}
+    for prefix, model in (("unet", unet), ("text_encoder", text_encoder)):
+        layers = dict(_layers(model)) if model is not None else {}
+        for name, layer in layers.items():
+            for factor in ("lora_A", "lora_B"):
+                weight = getattr(layer, factor)[ADAPTER].weight
+                tensors[f"{prefix}.{name}.{factor}.weight"] = weight.detach().float().cpu().contiguous()
+        if layers:
+            config = {"r": lora.rank, "lora_alpha": lora.alpha, "target_modules": sorted(layers)}
+            metadata |= {f"{prefix}.{key}": value for key, value in config.items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    header = {"format": "pt", _METADATA: json.dumps(metadata, sort_keys=True)}
+    save_file(tensors, folder / FILE, metadata=header)
+
+
+def load_lora(unet: nn.Module, text_encoder: nn.Module, folder: Path) -> None:
+    """Put the adapters that `save_lora` wrote into the pristine models, in place, frozen.
+
+    Raises:
+        SystemFailure: The file does not fit the models.
+    """
+    with safe_open(folder / FILE, "pt") as file:
+        metadata = json.loads(file.metadata()[_METADATA])
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is no mapping)
+    for prefix, model in (("unet", unet), ("text_encoder", text_encoder)):
+        if f"{prefix}.r" not in metadata:
+            continue
+        _inject(
+            model,
+            metadata[f"{prefix}.r"],
+            metadata[f"{prefix}.lora_alpha"],
+            metadata[f"{prefix}.target_modules"],
+        )
+        for name, layer in _layers(model):
+            for factor in ("lora_A", "lora_B"):
+                weight = getattr(layer, factor)[ADAPTER].weight
+                found = tensors.pop(f"{prefix}.{name}.{factor}.weight", None)
+                if found is None or found.shape != weight.shape:
+                    seen = "nothing" if found is None else f"shape {tuple(found.shape)}"
+                    raise SystemFailure(
+                        f"{folder / FILE} does not fit the base", f"{prefix}.{name}.{factor}: {seen}"
+                    )
+                weight.data.copy_(found)
+        model.requires_grad_(False).eval()
+    if tensors:
+        raise SystemFailure(f"{folder / FILE} does not fit the base", f"nowhere to put {min(tensors)}")
+
+
+def _attach(
+    model: nn.Module, prefix: str, targets: tuple[str, ...], setting: str, lora: Lora, seed: int
+) -> None:
+    modules = [name for name, _ in model.named_modules()]
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in modules):
+            raise UserError(
+                f"{setting} names {target!r}", f"no module of the {prefix} ends so", "leave it out"
+            )
+    _inject(model, lora.rank, lora.alpha, list(targets))
+    for name, layer in _layers(model):
+        weight = layer.lora_A[ADAPTER].weight
+        if weight.is_meta:
+            continue
+        digest = hashlib.sha256(f"{seed}/{prefix}.{name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
+        # PEFT's own start: uniform with the bound of kaiming_uniform_(a=sqrt(5))
+        bound = 1.0 / math.sqrt(weight[0].numel())
+        values = (torch.rand(weight.shape, generator=generator) * 2 - 1) * bound
+        weight.data.copy_(values)
+
+
+def _inject(model: nn.Module, rank: int, alpha: float, targets: list[str]) -> None:
+    """Adapters named `ADAPTER`, of which only B (zero) has its value yet; torch's own random state is kept."""
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets)
+    with torch.random.fork_rng(devices=[]):
+        inject_adapter_in_model(config, model, adapter_name=ADAPTER)
+
+
+def _layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
+    """Names and modules of a model's adapted layers."""
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            yield name, module

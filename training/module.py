@@ -1,0 +1,76 @@
+"""This file is where UNet and text encoder become one module whose forward pass is the loss.
+
+One module, because DeepSpeed takes one model, and because ZeRO-3 gathers weights in hooks of the forward pass.
+
+B rows, K prompts, C latent channels, H W latent size, L tokens, D text width.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from training.objective import PairBatch, dreambooth_loss, row_losses
+from training.pipeline import encode_text, predict
+from training.schedule import NoiseSchedule
+
+UNET, TEXT_ENCODER = "unet", "text_encoder"
+
+
+class DreamBoothModule(nn.Module):
+    """UNet and text encoder, trained on pairs.
+
+    Text is encoded once per prompt and not once per row, and only once in a run when nothing in the text encoder is
+    trained: then the encoder is not part of the module, which saves its memory too.
+
+    Args:
+        unet: Predicts; some of its parameters require a gradient.
+        text_encoder: Encodes prompts; trained when any of its parameters requires a gradient.
+        prompts: The token ids that rows may carry, int64 [K, L].
+        schedule: Noise schedule and prediction type of the base.
+        prior_weight: Weight of the class term.
+        autocast: Compute type of the forward pass; `None` is fp32. Parameters stay fp32.
+    """
+
+    def __init__(
+        self,
+        unet: nn.Module,
+        text_encoder: nn.Module,
+        prompts: torch.Tensor,
+        schedule: NoiseSchedule,
+        prior_weight: float,
+        autocast: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.unet = unet
+        self.schedule = schedule
+        self.prior_weight = prior_weight
+        self.autocast = autocast
+        trained = any(p.requires_grad for p in text_encoder.parameters())
+        self.text_encoder = text_encoder if trained else None
+        self.prompts: torch.Tensor
+        self.text: torch.Tensor | None
+        self.register_buffer("prompts", prompts, persistent=False)
+        with torch.no_grad():
+            cached = None if trained else encode_text(text_encoder, prompts)
+        self.register_buffer("text", cached, persistent=False)
+
+    def parameter_groups(self) -> Mapping[str, list[nn.Parameter]]:
+        """Trained parameters of each part, in a fixed order; a part without any is left out."""
+        parts = {UNET: self.unet, TEXT_ENCODER: self.text_encoder}
+        groups = {
+            name: [p for p in part.parameters() if p.requires_grad] for name, part in parts.items() if part
+        }
+        return {name: parameters for name, parameters in groups.items() if parameters}
+
+    def forward(self, batch: PairBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """This batch's part of the loss, and of the subject's and the class's term (see `dreambooth_loss`)."""
+        noisy = self.schedule.add_noise(batch.latents, batch.noise, batch.timesteps)
+        with torch.autocast(noisy.device.type, self.autocast, enabled=self.autocast is not None):
+            text = self.text if self.text_encoder is None else encode_text(self.text_encoder, self.prompts)
+            assert text is not None  # cached exactly when there is no encoder
+            # each row looks up its own prompt, so neither the order of rows nor of roles can misalign them
+            row = (batch.token_ids[:, None] == self.prompts).all(dim=2).int().argmax(dim=1)
+            prediction = predict(self.unet, noisy, batch.timesteps, text[row])
+        target = self.schedule.target(batch.latents, batch.noise, batch.timesteps)
+        return dreambooth_loss(row_losses(prediction, target), batch.weight, batch.role, self.prior_weight)

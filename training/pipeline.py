@@ -1,0 +1,275 @@
+"""This file is where a pretrained base enters: found, checked, pinned, loaded, and written as a pipeline.
+
+It is the door to diffusers and to transformers' models. Everything that differs between bases (prediction
+type, VAE scaling factor, sizes, token limit) is read from the base's JSON and carried in `BaseInfo`.
+
+B batch, L tokens, D text width, C latent channels, H W latent size.
+"""
+
+import importlib.resources
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from diffusers.utils import logging as diffusers_logging
+from safetensors.torch import save_file
+from torch import nn
+from transformers.models.clip.modeling_clip import CLIPTextModel
+from transformers.models.clip.tokenization_clip import CLIPTokenizer
+from transformers.utils import logging as transformers_logging
+
+from cluster.errors import UserError
+from training.basefolder import PARTS, locate, part_config, read_json, used_files
+
+_BOX = "pocket"  # the one base that ships with raybooth
+_PREDICTION_TYPES = ("epsilon", "v_prediction")
+_LOADING: dict[str, Any] = {"use_safetensors": True, "local_files_only": True, "torch_dtype": torch.float32}
+
+
+@dataclass(frozen=True)
+class BaseInfo:
+    """A pretrained pipeline in diffusers layout, pinned, and what its JSON says of it."""
+
+    model: str
+    """As the user wrote it."""
+    path: Path
+    """Absolute local folder in diffusers layout."""
+    revision: str
+    """Commit of a hub id; for a folder a hash of 16 hex digits over the files that are used."""
+    prediction_type: str
+    """`epsilon` or `v_prediction`, from the scheduler's config."""
+    scaling_factor: float
+    """What VAE latents are multiplied with before the UNet sees them."""
+    latent_channels: int
+    """Channels of a latent."""
+    vae_factor: int
+    """Pixels per latent along a side."""
+    image_size: int
+    """Pixels along a side of the image that the base was made for."""
+    token_limit: int
+    """Tokens of a prompt, start and end included."""
+    scheduler: Mapping[str, Any]
+    """The scheduler's config, as `StableDiffusionPipeline` would use it."""
+
+    @property
+    def latent_size(self) -> int:
+        """Latents along a side."""
+        return self.image_size // self.vae_factor
+
+
+def open_base(model: str, revision: str | None = None) -> BaseInfo:
+    """Find a base, check that it can be used, and read what it says of itself; loads no weights.
+
+    Args:
+        model: `pocket`, a folder in diffusers layout, or a hub id. What is cached locally is used first, and
+            nothing is downloaded when `HF_HUB_OFFLINE` is set.
+        revision: The commit of a hub id (`None`: the newest one), or the hash that a folder must have.
+
+    Raises:
+        UserError: There is no such base, a part is missing, its weights are not safetensors, or it is not a
+            Stable Diffusion 1.x/2.x.
+    """
+    box = Path(str(importlib.resources.files(_BOX) / "weights")) if model == _BOX else None
+    folder, revision = locate(model, revision, box)
+    index = read_json(folder / "model_index.json", model)
+    if index.get("_class_name") != "StableDiffusionPipeline":
+        raise UserError(
+            f"the base {model} is not a Stable Diffusion 1.x/2.x",
+            f"its model_index.json names {index.get('_class_name')}",
+            "name a base whose pipeline is StableDiffusionPipeline",
+        )
+    configs = {part: part_config(folder, part, model) for part in PARTS}
+    scheduler = read_json(folder / "scheduler" / "scheduler_config.json", model)
+    tokenizer = read_json(folder / "tokenizer" / "tokenizer_config.json", model)
+    unet, vae, text = configs["unet"], configs["vae"], configs["text_encoder"]
+    prediction_type = scheduler.get("prediction_type", "epsilon")
+    if prediction_type not in _PREDICTION_TYPES:
+        raise UserError(
+            f"the base {model} predicts {prediction_type!r}",
+            f"scheduler/scheduler_config.json: prediction_type: {prediction_type!r}",
+            f"use a base that predicts one of {', '.join(_PREDICTION_TYPES)}",
+        )
+    vae_factor = 2 ** (len(vae["block_out_channels"]) - 1)
+    limit = int(text["max_position_embeddings"])
+    return BaseInfo(
+        model=model,
+        path=folder,
+        revision=revision,
+        prediction_type=prediction_type,
+        scaling_factor=float(vae.get("scaling_factor", 0.18215)),
+        latent_channels=int(vae["latent_channels"]),
+        vae_factor=vae_factor,
+        image_size=int(unet["sample_size"]) * vae_factor,
+        token_limit=min(limit, int(tokenizer.get("model_max_length", limit))),
+        # StableDiffusionPipeline corrects these two in whatever it loads: latents are not clipped, and steps
+        # start at timestep 1.
+        scheduler={**scheduler, "clip_sample": False, "steps_offset": 1},
+    )
+
+
+def load_tokenizer(base: BaseInfo) -> CLIPTokenizer:
+    """The base's tokenizer."""
+    return CLIPTokenizer.from_pretrained(base.path / "tokenizer", local_files_only=True)
+
+
+def token_ids(tokenizer: Any, prompts: Sequence[str], limit: int) -> torch.Tensor:
+    """Token ids of prompts, padded to `limit` as `StableDiffusionPipeline` pads.
+
+    Args:
+        tokenizer: Of `load_tokenizer`.
+        prompts: B prompts.
+        limit: L, the base's `token_limit`.
+
+    Returns:
+        [B, L] int64.
+
+    Raises:
+        UserError: A prompt has more tokens than `limit`; it would be cut in silence.
+    """
+    rows = tokenizer(list(prompts), padding="max_length", max_length=limit, truncation=False).input_ids
+    for prompt, row in zip(prompts, rows, strict=True):
+        if len(row) > limit:
+            raise UserError(
+                f"the prompt {prompt!r} is too long",
+                f"it has {len(row)} tokens with its start and end, the base takes {limit}",
+                "shorten it",
+            )
+    return torch.tensor(rows, dtype=torch.int64)
+
+
+def load_unet(base: BaseInfo) -> nn.Module:
+    """The base's UNet: fp32, on the CPU, in eval mode, frozen."""
+    with _quiet():
+        return _frozen(UNet2DConditionModel.from_pretrained(base.path / "unet", **_LOADING))
+
+
+def load_vae(base: BaseInfo) -> nn.Module:
+    """The base's VAE: fp32, on the CPU, in eval mode, frozen."""
+    with _quiet():
+        return _frozen(AutoencoderKL.from_pretrained(base.path / "vae", **_LOADING))
+
+
+def load_text_encoder(base: BaseInfo) -> nn.Module:
+    """The base's text encoder: fp32, on the CPU, in eval mode, frozen."""
+    with _quiet():
+        return _frozen(CLIPTextModel.from_pretrained(base.path / "text_encoder", **_LOADING))
+
+
+def empty_unet(base: BaseInfo) -> nn.Module:
+    """The base's UNet without weights, on the meta device: its shapes cost no memory."""
+    with torch.device("meta"):
+        return cast(
+            nn.Module,
+            UNet2DConditionModel.from_config(read_json(base.path / "unet/config.json", base.model)),
+        )
+
+
+def empty_text_encoder(base: BaseInfo) -> nn.Module:
+    """The base's text encoder without weights, on the meta device."""
+    config = CLIPTextModel.config_class.from_pretrained(base.path / "text_encoder")
+    with torch.device("meta"):
+        return cast(nn.Module, CLIPTextModel(config))
+
+
+def encode_text(text_encoder: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """Hidden states of prompts [B, L, D], as `StableDiffusionPipeline` computes them.
+
+    Args:
+        text_encoder: Of `load_text_encoder`.
+        ids: [B, L] int64.
+    """
+    return cast(torch.Tensor, text_encoder(ids)[0])
+
+
+def predict(
+    unet: nn.Module, latents: torch.Tensor, timesteps: torch.Tensor, text: torch.Tensor
+) -> torch.Tensor:
+    """The UNet's output [B, C, H, W] for noisy latents.
+
+    Args:
+        unet: Of `load_unet`.
+        latents: [B, C, H, W], scaled.
+        timesteps: [B] int64.
+        text: [B, L, D] of `encode_text`.
+    """
+    return cast(torch.Tensor, unet(latents, timesteps, encoder_hidden_states=text, return_dict=False)[0])
+
+
+def encode_image(vae: nn.Module, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation [B, C, H, W] of the latents of images, not scaled.
+
+    Args:
+        vae: Of `load_vae`.
+        pixels: [B, 3, height, width] float32 in [-1, 1].
+    """
+    posterior = vae.encode(pixels).latent_dist  # type: ignore[operator]
+    return posterior.mean, posterior.std
+
+
+def decode_latents(vae: nn.Module, latents: torch.Tensor, scaling_factor: float) -> torch.Tensor:
+    """Images [B, 3, height, width] float32, about [-1, 1], of scaled latents [B, C, H, W]."""
+    return cast(torch.Tensor, vae.decode(latents / scaling_factor, return_dict=False)[0])  # type: ignore[operator]
+
+
+def save_pipeline(base: BaseInfo, unet: nn.Module, text_encoder: nn.Module, folder: Path) -> None:
+    """Write a complete pipeline that stock diffusers loads.
+
+    Args:
+        base: Gives everything that is not trained.
+        unet: Trained, with whole fp32 parameters.
+        text_encoder: Trained or as it was.
+        folder: Where to; made if it is not there.
+    """
+    # The libraries' `save_pretrained` imports DeepSpeed to ask whether the model is an engine.
+    weights = {
+        "unet/diffusion_pytorch_model.safetensors": unet.state_dict(),
+        # With the prefix that transformers before 5 needs and later ones drop.
+        "text_encoder/model.safetensors": {
+            f"text_model.{name}": value for name, value in text_encoder.state_dict().items()
+        },
+    }
+    for file in used_files(base.path):
+        name = file.relative_to(base.path)
+        if (file.suffix == ".json" and ".index." not in file.name) or name.parts[0] in ("vae", "tokenizer"):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, folder / name)
+    config = _fp32(read_json(base.path / "text_encoder" / "config.json", base.model))
+    (folder / "text_encoder" / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    for path, tensors in weights.items():
+        whole = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+        save_file(whole, folder / path, metadata={"format": "pt"})
+    index = read_json(base.path / "model_index.json", base.model)
+    absent = {part: [None, None] for part in ("safety_checker", "feature_extractor", "image_encoder")}
+    index |= {**absent, "requires_safety_checker": False}
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _fp32(config: dict[str, Any]) -> dict[str, Any]:
+    """The config of a transformers model, which is loaded in the type it names, of fp32 weights."""
+    return {**{key: value for key, value in config.items() if key != "torch_dtype"}, "dtype": "float32"}
+
+
+def _frozen(model: Any) -> nn.Module:
+    return cast(nn.Module, model.eval().requires_grad_(False))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars of the libraries: a part of a base is read in a moment, and the bars are ours."""
+    was = transformers_logging.is_progress_bar_enabled(), diffusers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    diffusers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was[0]:
+            transformers_logging.enable_progress_bar()
+        if was[1]:
+            diffusers_logging.enable_progress_bar()

@@ -1,0 +1,55 @@
+"""This file is where images become PNG bytes and back: the same pixels and parameters give the same bytes."""
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from math import ceil
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, PngImagePlugin
+
+Pixels = NDArray[np.uint8]
+
+KEY = "parameters"  # the text chunk that image tools show
+
+
+def encode_png(pixels: Pixels, parameters: Mapping[str, Any] | None = None) -> bytes:
+    """PNG bytes that depend on nothing but the arguments: no time, no path.
+
+    Args:
+        pixels: [H, W, 3] uint8.
+        parameters: Goes into the text chunk `parameters` as JSON; `None` writes no chunk.
+    """
+    info = PngImagePlugin.PngInfo()
+    if parameters is not None:
+        info.add_itxt(KEY, json.dumps(dict(parameters), sort_keys=True, ensure_ascii=False))
+    stream = io.BytesIO()
+    Image.fromarray(pixels, "RGB").save(stream, "PNG", pnginfo=info, compress_level=6)
+    return stream.getvalue()
+
+
+def decode_png(data: bytes) -> Pixels:
+    """The pixels [H, W, 3] uint8 of PNG bytes that raybooth wrote."""
+    with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
+        return np.array(image.convert("RGB"))
+
+
+def png_parameters(data: bytes) -> dict[str, Any]:
+    """The parameters that PNG bytes carry; empty when they carry none."""
+    with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
+        text = getattr(image, "text", {}).get(KEY)
+    value: dict[str, Any] = json.loads(text) if text else {}
+    return value
+
+
+def grid(images: Sequence[Pixels], columns: int, gap: int = 2) -> Pixels:
+    """Images of one size [H, W, 3] in rows of `columns`, on white."""
+    height, width = images[0].shape[:2]
+    rows = ceil(len(images) / columns)
+    canvas = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, 3), 255, dtype=np.uint8)
+    for number, image in enumerate(images):
+        top, left = (number // columns) * (height + gap), (number % columns) * (width + gap)
+        canvas[top : top + height, left : left + width] = image
+    return canvas
