@@ -163,4 +163,7 @@ def _temporary_folder() -> Iterator[Path]:
     except SystemFailure as error:
         error.do = error.do or f"Ray's logs are in {folder}"
         raise
+    except UserError:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
     shutil.rmtree(folder, ignore_errors=True)

@@ -31,6 +31,8 @@ Address = Annotated[
     ),
 ]
 
+DEFAULT_BASE = "pocket"  # the one in the box, whatever folder of that name lies here
+
 
 def _flags(
     images: list[str] | None, class_noun: str, name: str, base: str, method: str, config: Path | None
@@ -49,7 +51,8 @@ def _flags(
     if base:
         # workers have another working folder than the one a path was typed in
         folder = Path(base).expanduser()
-        model, _, revision = (str(folder.resolve()), "", "") if folder.exists() else base.partition("@")
+        is_folder = folder.exists() and base != DEFAULT_BASE
+        model, _, revision = (str(folder.resolve()), "", "") if is_folder else base.partition("@")
         flags["base"] = {"model": model, **({"revision": revision} if revision else {})}
     if method:
         flags["train"] = {"method": method}

@@ -1,11 +1,13 @@
 """This file is where a stage of pretraining keeps its budget of time, its learning rate and its checkpoints."""
 
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 CHECKPOINT_EVERY_S = 180.0
 WARMUP_STEPS = 100
@@ -50,29 +52,20 @@ class Stage:
         partial.replace(self.path)
 
     def steps(self) -> Iterator["Tick"]:
-        """One tick per step until the budget is spent; tells when to save and reports loss, rate and time left."""
-        saved = reported = time.monotonic()
-        reported_step, losses = self.step, list[float]()
-        while self.progress < 1.0:
-            began = time.monotonic()
-            tick = Tick(self.step)
-            yield tick
-            now = time.monotonic()
-            self.step += 1
-            self.trained_s += now - began
-            losses.append(tick.loss)
-            if now - saved > CHECKPOINT_EVERY_S:
-                saved, tick.save_due = now, True
+        """One tick per step until the budget is spent; between steps it tells when to save and reports to people."""
+        saved = time.monotonic()
+        with _Report(self) as report:
+            while self.progress < 1.0:
+                began = time.monotonic()
+                tick = Tick(self.step)
                 yield tick
-            if now - reported > REPORT_EVERY_S:
-                rate = (self.step - reported_step) * self.batch_size / (now - reported)
-                left = (self.budget_s - self.trained_s) / 60
-                print(
-                    f"{time.strftime('%H:%M:%S')} {self.name}: {self.progress:5.1%}  step {self.step}  "
-                    f"loss {sum(losses) / len(losses):.4f}  {rate:.0f}/s  {left:.0f} min left",
-                    flush=True,
-                )
-                reported, reported_step, losses = now, self.step, []
+                now = time.monotonic()
+                self.step += 1
+                self.trained_s += now - began
+                report.add(tick.loss, now)
+                if now - saved > CHECKPOINT_EVERY_S:
+                    saved, tick.save_due = now, True
+                    yield tick
 
 
 class Tick:
@@ -82,3 +75,43 @@ class Tick:
         self.step = step
         self.loss = float("nan")
         self.save_due = False
+
+
+class _Report:
+    """Loss, rate and time left: a bar on a terminal, a line now and then in a log."""
+
+    def __init__(self, stage: Stage) -> None:
+        self.stage = stage
+        self.losses: list[float] = []
+        self.since = time.monotonic()
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[facts]}"),
+            TimeRemainingColumn(),
+            disable=not sys.stdout.isatty(),
+        )
+        self.task = self.bar.add_task(stage.name, total=stage.budget_s, completed=int(stage.trained_s), facts="")
+
+    def __enter__(self) -> "_Report":
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+    def add(self, loss: float, now: float) -> None:
+        """Takes the loss of the step that just ended."""
+        self.losses.append(loss)
+        if now - self.since < REPORT_EVERY_S:
+            return
+        stage = self.stage
+        rate = len(self.losses) * stage.batch_size / (now - self.since)
+        facts = f"step {stage.step}  loss {sum(self.losses) / len(self.losses):.4f}  {rate:.0f}/s"
+        self.bar.update(self.task, completed=stage.trained_s, facts=facts)
+        if self.bar.disable:
+            left = (stage.budget_s - stage.trained_s) / 60
+            clock = time.strftime("%H:%M:%S")
+            print(f"{clock} {stage.name}: {stage.progress:5.1%}  {facts}  {left:.0f} min left", flush=True)
+        self.losses, self.since = [], now

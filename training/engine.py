@@ -139,6 +139,10 @@ class TrainingEngine:
                 "steps_per_print": None,
             },
         )
+        if stage == 0:
+            self._engine.zero_grad = (
+                self._adam.zero_grad
+            )  # DeepSpeed's walks the tree of modules: 3 % of a step
         if stage == 0 and self._world == 1:
             self._engine.enable_backward_allreduce = False  # it would copy every gradient twice for nothing
 

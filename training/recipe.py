@@ -8,7 +8,7 @@ diffusers' recommendations, and for `pocket` our own runs).
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
 Method = Literal["lora", "full"]
 SamplerName = Literal["ddim", "dpm++2m"]
