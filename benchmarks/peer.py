@@ -8,6 +8,7 @@ import random
 import runpy
 import sys
 from collections.abc import Callable, Sequence
+from importlib.machinery import ModuleSpec
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -87,6 +88,7 @@ def stand_in() -> None:
     transforms.InterpolationMode = SimpleNamespace(BILINEAR=Image.Resampling.BILINEAR)  # type: ignore[attr-defined]
     torchvision = ModuleType("torchvision")
     torchvision.transforms = transforms  # type: ignore[attr-defined]
+    torchvision.__spec__ = ModuleSpec("torchvision", None)  # libraries ask for it, and find no version
     sys.modules |= {"torchvision": torchvision, "torchvision.transforms": transforms}
 
 

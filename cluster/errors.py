@@ -1,7 +1,8 @@
 """This file is where the errors that people read are defined: what happened, what was seen, what to do."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 
 class RayboothError(Exception):
@@ -37,6 +38,12 @@ class UserError(RayboothError):
 
 class SystemFailure(RayboothError):
     """Our fault or the cluster's: a lost worker, a full disk, a broken file. Exit code 1."""
+
+
+def failure_of(error: Mapping[str, Any]) -> RayboothError:
+    """The error that `as_json` and its `exit_code` were made of, whichever process raised it."""
+    kind = UserError if error.get("exit_code") == UserError.exit_code else SystemFailure
+    return kind(*(str(error.get(part, "")) for part in ("what", "seen", "do")))
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

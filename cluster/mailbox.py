@@ -5,13 +5,16 @@ collective; a gang that restarts asks where it was.
 """
 
 import asyncio
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 
-GIVE_UP_AFTER = 3  # restarts of a gang on one lease without a single step in between
+from cluster.errors import RayboothError, SystemFailure
+
+GIVE_UP_AFTER = 3  # deaths of a gang on one lease without going further than it ever was
 _FINAL = ("published", "failed")  # the kinds of events that end a lease
 
 
@@ -25,6 +28,20 @@ class Event:
     payload: Mapping[str, Any]
 
 
+@dataclass
+class _Attempts:
+    """How a lease fared so far."""
+
+    deaths: int = 0
+    """Since a step went further than any before."""
+    furthest: int = 0
+    """Steps."""
+    error: str = ""
+    """What a worker died of last, if it could tell."""
+    told: bool = False
+    """Whether a worker told it since the last start: the first is the cause, the others lost that one."""
+
+
 class Mailbox:
     """The actor's state. Plain, so that it is tested without Ray."""
 
@@ -33,8 +50,7 @@ class Mailbox:
         self._stopped = False
         self._finished: set[int] = set()
         self._events: list[Event] = []
-        self._restarts = 0
-        self._at: int | None = None
+        self._attempts: dict[int, _Attempts] = defaultdict(_Attempts)
         self._changed = asyncio.Condition()
 
     async def post(self, lease: Any) -> int:
@@ -59,29 +75,39 @@ class Mailbox:
     async def resume(self) -> int:
         """Where a gang that (re)starts goes on: the first lease that is not finished. One rank of it asks.
 
-        A lease on which the gang restarted too often without a step in between is failed, with that reason.
+        A lease on which the gang died too often without getting further is failed, with what a worker died of.
         """
         here = self._first_open()
-        self._restarts = self._restarts + 1 if here == self._at else 0
-        self._at = here
-        if self._restarts >= GIVE_UP_AFTER and here < len(self._leases):
-            error = {
-                "what": "the run ends its workers",
-                "seen": f"they died {self._restarts} times without finishing a step",
-                "do": "look into Ray's logs; most often a worker needs more memory",
-            }
-            await self.report(here, 0, "failed", error)
-            here = self._first_open()
-            self._at, self._restarts = here, 0
-        return here
+        if here == len(self._leases):
+            return here
+        died, attempts = here in self._attempts, self._attempts[here]
+        attempts.deaths, attempts.told = attempts.deaths + died, False
+        if attempts.deaths < GIVE_UP_AFTER:
+            return here
+        error = SystemFailure(
+            "the workers of this run die again and again",
+            f"{attempts.deaths} times without getting further than step {attempts.furthest}; "
+            + (attempts.error or "none could tell why, as when a machine is out of memory"),
+            "mend that and run the same command again: it goes on from the last checkpoint",
+        )
+        await self.report(here, 0, "failed", failure(error))
+        return await self.resume()
 
     async def report(self, n: int, rank: int, kind: str, payload: Any) -> None:
-        """Record an event of lease `n`. Kind `steps` brings a list that becomes one `step` each."""
+        """Record an event of lease `n`.
+
+        Kind `steps` brings a list that becomes one `step` each. A `note` with `died` set says what a worker died of.
+        """
         async with self._changed:
+            attempts = self._attempts[n]
             if kind == "steps":
                 self._events += [Event(n, rank, "step", step) for step in payload]
-                self._restarts = 0
+                reached = max(step["step"] for step in payload)
+                if reached > attempts.furthest:
+                    attempts.furthest, attempts.deaths = reached, 0
             else:
+                if kind == "note" and payload.get("died") and not attempts.told:
+                    attempts.error, attempts.told = payload["text"], True
                 self._events.append(Event(n, rank, kind, payload))
             if kind in _FINAL:
                 self._finished.add(n)
@@ -157,6 +183,16 @@ def create(name: str) -> MailboxClient:
 def connect(name: str) -> MailboxClient:
     """The mailbox of that name, from another process of the same session."""
     return MailboxClient(ray.get_actor(name))
+
+
+def failure(error: RayboothError) -> dict[str, Any]:
+    """The payload of a `failed` event; `failure_of` makes the error of it again."""
+    return {**error.as_json(), "exit_code": error.exit_code}
+
+
+def put(value: Any) -> Any:
+    """A reference to `value` in Ray's object store."""
+    return ray.put(value)
 
 
 def fetch(references: Sequence[Any]) -> list[Any]:

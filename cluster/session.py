@@ -7,9 +7,10 @@ import shutil
 import socket
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import ray
 
@@ -39,8 +40,8 @@ def session(address: str | None, cpus: int, storage: Storage) -> Iterator[None]:
     """Ray for the time of a `with`.
 
     Args:
-        address: The cluster to join; `None` takes RAY_ADDRESS, and without it starts a private Ray on this machine
-            that ends with the `with`. Whatever else runs here is never joined.
+        address: The cluster to join (see `resolve_address`). A private Ray runs on this machine and ends with the
+            `with`. Whatever else runs here is never joined.
         cpus: Logical CPUs of a private Ray: workers + encoders + 1. Actors wait for a logical CPU, so there must be
             enough of them, whatever the machine has.
         storage: The storage root, which every node must reach.
@@ -49,7 +50,7 @@ def session(address: str | None, cpus: int, storage: Storage) -> Iterator[None]:
         UserError: The cluster cannot be reached, or has several nodes that do not share the storage root.
         SystemFailure: Ray does not start.
     """
-    address = address or os.environ.get("RAY_ADDRESS") or None
+    address = resolve_address(address)
     for name, value in _EVERYWHERE.items():
         os.environ.setdefault(name, value)
     common = {
@@ -57,37 +58,58 @@ def session(address: str | None, cpus: int, storage: Storage) -> Iterator[None]:
         "logging_level": logging.ERROR,
         "runtime_env": {"env_vars": _environment(here=not address)},
     }
+    with _joined(address, common) if address else _private(cpus, common):
+        _check_shared(storage)
+        yield
+
+
+def resolve_address(address: str | None) -> str | None:
+    """The cluster to join: `address`, or else RAY_ADDRESS. `None` is a private Ray, and so is the word `local`."""
+    wanted = address or os.environ.get("RAY_ADDRESS")
+    return None if wanted in (None, "", "local") else wanted
+
+
+@contextmanager
+def _joined(address: str, common: Mapping[str, Any]) -> Iterator[None]:
+    """A cluster that runs already."""
+    try:
+        _check_reachable(address)
+        ray.init(address=address, **common)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UserError(
+            f"the Ray cluster at {address} cannot be joined",
+            str(error).splitlines()[0],
+            "check --address, or leave it and RAY_ADDRESS out to use this machine",
+        ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def _private(cpus: int, common: Mapping[str, Any]) -> Iterator[None]:
+    """A Ray of our own on this machine."""
+    # Other users of this machine must not run code in it; the secret ends with this process. Ray turns token mode
+    # on for a local cluster by itself; set here, it would come too late, because Ray reads the mode when it is
+    # imported.
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     with _temporary_folder() as folder:
         try:
-            if address:
-                _check_reachable(address)
-                ray.init(address=address, **common)
-            else:
-                # Other users of this machine must not run code in it; the secret ends with this process. Ray
-                # turns token mode on for a local cluster by itself; set here, it would come too late, because
-                # Ray reads the mode when it is imported.
-                os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-                with _nothing_on_stderr():
-                    ray.init(
-                        address="local",
-                        num_cpus=cpus,
-                        include_dashboard=False,
-                        object_store_memory=OBJECT_STORE_BYTES,
-                        _temp_dir=str(folder),
-                        **common,
-                    )
+            with _nothing_on_stderr():
+                ray.init(
+                    address="local",
+                    num_cpus=cpus,
+                    include_dashboard=False,
+                    object_store_memory=OBJECT_STORE_BYTES,
+                    _temp_dir=str(folder),
+                    **common,
+                )
         except (OSError, RuntimeError, ValueError) as error:
-            if address:
-                raise UserError(
-                    f"the Ray cluster at {address} cannot be joined",
-                    str(error).splitlines()[0],
-                    "check --address, or leave it and RAY_ADDRESS out to use this machine",
-                ) from error
             raise SystemFailure(
                 "Ray does not start on this machine", str(error), "run `raybooth doctor`"
             ) from error
         try:
-            _check_shared(storage)
             yield
         finally:
             ray.shutdown()
@@ -116,6 +138,31 @@ def node_count() -> int:
     return sum(bool(node["Alive"]) for node in ray.nodes())
 
 
+def check_fits(workers: int, cpus_per_worker: int, gpus_per_worker: float, fixed: bool) -> None:
+    """Refuse workers that would wait forever. Call it in a session.
+
+    Args:
+        workers: How many.
+        cpus_per_worker: Logical CPUs of each.
+        gpus_per_worker: GPUs of each.
+        fixed: The cluster does not grow, as a private Ray; one that may grow is trusted to.
+
+    Raises:
+        UserError: The whole cluster is smaller than the workers together.
+    """
+    demands = (
+        ("GPU", "gpus_per_worker", gpus_per_worker, gpu_count()),
+        ("CPU", "cpus_per_worker", cpus_per_worker, cpu_count()),
+    )
+    for unit, setting, each, there in demands:
+        if fixed and workers * each > there:
+            raise UserError(
+                f"the run needs {workers * each:g} {unit}s",
+                f"{workers} workers with {each:g} each, and the cluster has {there}",
+                f"lower cluster.workers or cluster.{setting}",
+            )
+
+
 def _check_shared(storage: Storage) -> None:
     if storage.is_local and node_count() > 1:
         raise UserError(
@@ -135,8 +182,8 @@ def _environment(here: bool) -> dict[str, str]:
 
 
 def sees_gpu() -> bool:
-    """Whether this machine has an NVIDIA GPU, without importing torch."""
-    return Path("/dev/nvidiactl").exists()
+    """Whether this machine has an NVIDIA GPU and CUDA_VISIBLE_DEVICES does not hide it, without importing torch."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES") != "" and Path("/dev/nvidiactl").exists()
 
 
 @contextmanager
@@ -155,15 +202,16 @@ def _nothing_on_stderr() -> Iterator[None]:
 
 @contextmanager
 def _temporary_folder() -> Iterator[Path]:
-    """A folder for Ray's sockets and logs, with a short path; kept, with the logs, when something fails."""
+    """A folder for Ray's sockets and logs, with a short path; kept, for its logs, after a `SystemFailure`."""
     parent = tempfile.gettempdir()
     folder = Path(tempfile.mkdtemp(prefix="rb-", dir=parent if len(parent) <= LONGEST_TEMPORARY else "/tmp"))
+    kept = False
     try:
         yield folder
     except SystemFailure as error:
-        error.do = error.do or f"Ray's logs are in {folder}"
+        kept = True
+        error.do = "; ".join(part for part in (error.do, f"Ray's logs are in {folder}") if part)
         raise
-    except UserError:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-    shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        if not kept:
+            shutil.rmtree(folder, ignore_errors=True)

@@ -11,8 +11,8 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -147,7 +147,11 @@ class Storage:
             aside.unlink(missing_ok=True)
 
     def append(self, path: str, data: bytes) -> None:
-        """Append to a file, for logs; on an object store the object is written again."""
+        """Append to a file, for logs.
+
+        On a remote root the whole object is read and written again, so that n calls move n^2 / 2 times the bytes of
+        one: callers gather lines first.
+        """
         if self.is_local:
             target = Path(self._at(path))
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -225,6 +229,7 @@ class Storage:
                 shutil.rmtree(aside, ignore_errors=True)
                 shutil.rmtree(before, ignore_errors=True)
         else:
+            self.remove(f"{path}/{MANIFEST}")  # first, so that what is half removed counts as not there
             self.remove(path)
             for name in manifest["files"]:
                 self.write(f"{path}/{name}", (folder / name).read_bytes())
@@ -252,10 +257,11 @@ class Storage:
         with tempfile.TemporaryDirectory(prefix="raybooth-") as scratch:
             folder = Path(self._at(path)) if self.is_local else Path(scratch)
             for name, expected in manifest["files"].items():
-                if not self.is_local:
-                    (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                    (folder / name).write_bytes(self.read(f"{path}/{name}"))
                 file = folder / name
+                if not self.is_local:
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    with suppress(FileNotFoundError):
+                        file.write_bytes(self.read(f"{path}/{name}"))
                 if not file.is_file() or sha256_file(file) != expected["sha256"]:
                     raise SystemFailure(
                         f"{self.full(path)}/{name} is damaged or missing", "its sha256 is not the manifest's"
@@ -263,24 +269,19 @@ class Storage:
             yield folder
 
     @contextmanager
-    def lock(self, path: str) -> Iterator[None]:
+    def lock(self, path: str, on_wait: Callable[[], None] = lambda: None) -> Iterator[None]:
         """Hold `path` alone among the processes of this machine; let go by the system when its holder dies.
 
-        On a remote root it holds nothing: what is written there is addressed by content, so two writers
-        waste work but harm nothing.
-        """
-        if not self.is_local:
-            yield
-            return
-        target = Path(self._at(path))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with target.open("ab") as stream:
-            fcntl.flock(stream, fcntl.LOCK_EX)
-            yield
+        A remote root has no locks, and this holds nothing there. Photos, latents and artifacts are addressed by content
+        or by version, so two writers of one only repeat work. What is read, changed and written back is not protected:
+        of two changes to a subject's registry entry or to a manifest of shards at the same moment, one is lost. A
+        lost shard is made again, but a lost version stays in its folder and unknown to the registry: let one machine
+        at a time train a subject.
 
-    @contextmanager
-    def lock_or_refuse(self, path: str, refusal: UserError) -> Iterator[None]:
-        """Like `lock`, but raises `refusal` when another process holds it."""
+        Args:
+            path: Of the lock file.
+            on_wait: Called when another process holds it, before waiting.
+        """
         if not self.is_local:
             yield
             return
@@ -289,6 +290,17 @@ class Storage:
         with target.open("ab") as stream:
             try:
                 fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise refusal from error
+            except BlockingIOError:
+                on_wait()
+                fcntl.flock(stream, fcntl.LOCK_EX)
+            yield
+
+    @contextmanager
+    def lock_or_refuse(self, path: str, refusal: UserError) -> Iterator[None]:
+        """Like `lock`, but raises `refusal` when another process holds it."""
+
+        def refuse() -> None:
+            raise refusal
+
+        with self.lock(path, refuse):
             yield

@@ -8,6 +8,8 @@ import typer
 from cluster.errors import UserError
 from orchestrator.cli_output import DebugOption, JsonOption, StorageOption, reporting, storage_root
 
+MAX_SEED = 2**63 - 1001  # torch takes 63 bits, and up to 1000 images count up from here
+
 
 def generate(
     subject: Annotated[str, typer.Argument(help="NAME, NAME@VERSION or base.", metavar="NAME[@VERSION]")],
@@ -15,7 +17,9 @@ def generate(
         list[str] | None, typer.Argument(help="Prompts; {subject} is the subject.", metavar="PROMPT...")
     ] = None,
     n: Annotated[int, typer.Option("-n", "--num-images", min=1, max=1000, help="Images per prompt.")] = 4,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the first image; the next ones count up.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=MAX_SEED, help="Seed of the first image; the others count up.")
+    ] = 0,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder that takes the PNGs.")] = Path("out"),
     prompts_file: Annotated[
         Path | None, typer.Option("--prompts", help="A text file, one prompt a line.", metavar="FILE")
@@ -50,10 +54,9 @@ def generate(
       raybooth generate base "a photo of a dog"
     """
     with reporting(as_json, debug) as output:
-        from serving.generate import generate as draw
-
         from cluster.storage import Storage
         from orchestrator.progress import open_stages
+        from serving.generate import generate as draw
 
         wanted = [*(prompts or []), *(_read_prompts(prompts_file) if prompts_file else [])]
         if not wanted:
@@ -101,7 +104,7 @@ def demo(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder that takes the contact sheet.")] = Path(
         "demo-out"
     ),
-    method: Annotated[str, typer.Option("--method", help="lora or full.")] = "lora",
+    method: Annotated[str, typer.Option("--method", help="lora or full.")] = "full",
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:

@@ -59,7 +59,8 @@ def reporting(as_json: bool, debug: bool) -> Iterator[Output]:
     except (typer.Exit, typer.Abort, SystemExit):
         raise
     except Exception as error:
-        seen = f"{type(error).__name__}: {error}"
+        said = [line for line in str(error).splitlines() if line.strip()] or [""]
+        seen = f"{type(error).__name__}: {said[-1].strip()}"  # of a traceback in a message, the last line
         advice = "" if debug else "run again with --debug for the traceback, and report it"
         _fail(output, SystemFailure("something went wrong inside raybooth", seen, advice), debug, 1)
     else:

@@ -61,8 +61,8 @@ def show(
         keys = [found for found in root.names("priors") if key and found.startswith(key)]
         manifest = root.manifest(f"priors/{keys[0]}") if len(keys) == 1 else None
         if manifest is None:
-            seen = f"{len(keys)} sets begin so" if keys else "there is no such set"
-            raise UserError(f"which prior set is {key!r}?", seen, "see raybooth prior list")
+            seen = f"{len(keys)} keys begin with it" if keys else "no key begins with it"
+            raise UserError(f"{key!r} names no single prior set", seen, "see raybooth prior list")
         output.result = {
             **_summary(keys[0], manifest),
             "spec": manifest["spec"],

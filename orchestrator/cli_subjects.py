@@ -1,5 +1,6 @@
 """This file is where the commands over registered subjects read their options."""
 
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
@@ -100,7 +101,7 @@ def promote(
 
         registry = Registry(Storage(storage_root(storage)))
         registry.promote(name, version)
-        output.result = _mirrored(registry.show(name))
+        output.result = _mirrored(registry.show(name), output.say)
         output.say(f"{name}: {version} is champion")
 
 
@@ -120,15 +121,18 @@ def rollback(
 
         registry = Registry(Storage(storage_root(storage)))
         registry.rollback(name)
-        output.result = _mirrored(registry.show(name))
+        output.result = _mirrored(registry.show(name), output.say)
         output.say(f"{name}: {output.result['aliases']['champion']} is champion again")
 
 
-def _mirrored(subject: dict[str, Any]) -> dict[str, Any]:
-    """Moves MLflow's alias too, where the version was registered there."""
+def _mirrored(subject: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
+    """Moves MLflow's alias too, where the version was registered there; our own is moved already."""
     from orchestrator.tracking import mirror_alias
 
-    entry = subject["versions"][subject["aliases"]["champion"]]
-    if entry.get("mlflow_version"):
-        mirror_alias(entry["mlflow_uri"], subject["name"], entry["mlflow_version"])
+    mlflow = subject["versions"][subject["aliases"]["champion"]]["mlflow"]
+    if mlflow["version"]:
+        try:
+            mirror_alias(mlflow["uri"], subject["name"], mlflow["version"])
+        except Exception as error:
+            say(f"MLflow's alias could not be moved: {str(error).splitlines()[0]}")
     return subject

@@ -2,14 +2,18 @@
 
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from orchestrator.cli_output import DebugOption, JsonOption, StorageOption, reporting, storage_root
 
+if TYPE_CHECKING:
+    from training.recipe import Run
+
 Images = Annotated[
-    list[str] | None, typer.Argument(help="A folder of photos, or photo files.", metavar="DIR|FILE...")
+    list[str] | None,
+    typer.Argument(help="A folder of photos, photo files, or one run.yaml.", metavar="DIR|FILE..."),
 ]
 ClassNoun = Annotated[
     str, typer.Option("--class", help="The subject's class noun, such as dog.", metavar="NOUN")
@@ -24,6 +28,9 @@ Sets = Annotated[
     list[str] | None,
     typer.Option("--set", help="Any setting, such as train.steps=150; repeatable.", metavar="K=V"),
 ]
+NewVersion = Annotated[
+    bool, typer.Option("--new-version", help="Train again although this very version is there.")
+]
 Address = Annotated[
     str,
     typer.Option(
@@ -32,6 +39,23 @@ Address = Annotated[
 ]
 
 DEFAULT_BASE = "pocket"  # the one in the box, whatever folder of that name lies here
+
+
+def _spec(
+    images: list[str] | None,
+    class_noun: str,
+    name: str,
+    base: str,
+    method: str,
+    config: Path | None,
+    sets: list[str] | None,
+) -> "Run":
+    """The run that the options describe; a single YAML in the place of photos is a `--config`."""
+    from orchestrator.spec import load_run
+
+    if config is None and images and len(images) == 1 and images[0].endswith((".yaml", ".yml")):
+        config, images = Path(images[0]), None
+    return load_run(config, _flags(images, class_noun, name, base, method, config), sets or [])
 
 
 def _flags(
@@ -74,9 +98,7 @@ def train(
     method: Method = "",
     config: Config = None,
     sets: Sets = None,
-    new_version: Annotated[
-        bool, typer.Option("--new-version", help="Train again although this very version is there.")
-    ] = False,
+    new_version: NewVersion = False,
     storage: StorageOption = "",
     address: Address = "",
     as_json: JsonOption = False,
@@ -92,16 +114,15 @@ def train(
 
       raybooth train a.jpg b.jpg c.jpg --class teapot --name pot --method full --set train.steps=400
 
-      raybooth train --config run.yaml --storage s3://bucket/booth --json
+      raybooth train run.yaml --storage s3://bucket/booth --json
     """
     with reporting(as_json, debug) as output:
         from cluster.storage import Storage
-        from orchestrator.spec import load_run
 
-        run = load_run(config, _flags(images, class_noun, name, base, method, config), sets or [])
+        run = _spec(images, class_noun, name, base, method, config, sets)
         root = Storage(storage_root(storage))
-        from orchestrator.campaign import train_subject
         from orchestrator.progress import open_stages
+        from orchestrator.train import train_subject
 
         outcome = train_subject(run, root, open_stages(), address or None, new_version)
         output.result = outcome.as_json()
@@ -123,6 +144,7 @@ def plan(
     method: Method = "",
     config: Config = None,
     sets: Sets = None,
+    new_version: NewVersion = False,
     storage: StorageOption = "",
     as_json: JsonOption = False,
     debug: DebugOption = False,
@@ -133,15 +155,16 @@ def plan(
 
       raybooth plan ./rex --class dog --set train.steps=400
 
-      raybooth plan --config run.yaml --json
+      raybooth plan run.yaml --json
     """
     with reporting(as_json, debug) as output:
+        from cluster.session import sees_gpu
         from cluster.storage import Storage
         from orchestrator.plan import plan_run
-        from orchestrator.spec import load_run
 
-        run = load_run(config, _flags(images, class_noun, name, base, method, config), sets or [])
-        planned = plan_run(run, Storage(storage_root(storage)))
+        run = _spec(images, class_noun, name, base, method, config, sets)
+        device = "cuda" if sees_gpu() and run.cluster.gpus_per_worker != 0 else "cpu"
+        planned = plan_run(run, Storage(storage_root(storage)), new_version, device)
         output.result = planned.as_json()
         for line in planned.lines():
             output.say(line)

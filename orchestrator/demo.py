@@ -7,15 +7,16 @@ import numpy as np
 from PIL import Image
 
 from cluster.storage import Storage
-from orchestrator.campaign import Outcome, train_subject
+from orchestrator.campaign import Outcome
 from orchestrator.progress import Stages
-from orchestrator.sheet import Pixels, SheetRow, contact_sheet
+from orchestrator.sheet import SheetRow, contact_sheet
 from orchestrator.spec import load_run
+from orchestrator.train import train_subject
 from pocket.subject import SUBJECT_CLASS, SUBJECT_NAME, write_photos
 from training.artifact import open_artifact
 from training.draw import Drawer, DrawRequest
 from training.pipeline import open_base
-from training.png import decode_png, encode_png
+from training.png import Pixels, decode_png, encode_png
 from training.prior import prior_pngs
 from training.prompt import render_prompt
 
@@ -49,10 +50,11 @@ def run_demo(out: Path, method: str, stages: Stages) -> DemoResult:
         The contact sheet's path and the run's outcome.
     """
     out = out.absolute()
+    storage = Storage(str(out / "raybooth-data"))
+    storage.check_writable()
     photos = write_photos(out / "photos")
     subject = {"name": SUBJECT_NAME, "class": SUBJECT_CLASS, "images": [str(out / "photos")]}
     run = load_run(None, {"subject": subject, "train": {"method": method}}, [])
-    storage = Storage(str(out / "raybooth-data"))
     outcome = train_subject(run, storage, stages)
     base = open_base(run.base.model)
     with (

@@ -97,7 +97,7 @@ def _base(model: str) -> str:
 
 def _ray(storage_uri: str) -> str:
     began = time.monotonic()
-    with session(None, 1, Storage(storage_uri)):
+    with session("local", 1, Storage(storage_uri)):
         return (
             f"starts in {time.monotonic() - began:.0f} s, sees {gpu_count()} GPUs, {cpu_count()} logical CPU"
         )

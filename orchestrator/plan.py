@@ -1,18 +1,17 @@
 """This file is where a run is foretold: what is there, what is missing, how large it gets. Nothing is written."""
 
 import tempfile
-from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from torch import nn
-
 from cluster.storage import Storage
-from orchestrator.prepare import Prepared, destination, prepare
+from orchestrator.prepare import Prepared, destination, prepare, run_path
 from training.artifact import artifact_path
-from training.pipeline import BaseInfo, empty_text_encoder, empty_unet
+from training.checkpoint import steps_saved
+from training.pipeline import BaseInfo
 from training.prior import prior_count, prior_images
 from training.recipe import Run
+from training.shapes import count, trained_shapes
 from training.stream import missing_shards
 
 BYTES_PER_WEIGHT = 4  # artifacts are fp32
@@ -69,6 +68,7 @@ class Plan:
     def lines(self) -> list[str]:
         """The same for people."""
         does = {"new": "", "unfinished": ", goes on", "succeeded": ", nothing to do"}[self.state]
+        steps = "" if self.state == "succeeded" else f"steps {self.resume_from + 1} to {self.steps}, "
         prior = "none, prior.weight is 0"
         if self.prior:
             cached = ", latents cached" if self.prior.latents_cached else ""
@@ -78,7 +78,7 @@ class Plan:
             f"  photos        {self.photos}, {self.training_images} training images, latents "
             + ("cached" if self.latents_cached else "to encode"),
             f"  class images  {prior}",
-            f"  training      steps {self.resume_from + 1} to {self.steps}, {self.pairs_per_step} pairs a step, "
+            f"  training      {steps}{self.pairs_per_step} pairs a step, "
             f"{self.workers} workers, a checkpoint every {self.checkpoint_every} steps",
             f"  artifact      {self.artifact}, about {self.artifact_bytes / 1e6:.1f} MB "
             f"({self.trained_parameters:,} trained parameters)",
@@ -99,7 +99,7 @@ def plan_run(run: Run, storage: Storage, new_version: bool = False, device: str 
         UserError: `train` would refuse the run.
     """
     with tempfile.TemporaryDirectory(prefix="raybooth-") as scratch:
-        prepared = prepare(run, Storage(scratch), device)
+        prepared = prepare(run, Storage(scratch))
     goal = destination(storage, prepared.name, prepared.fingerprint, new_version)
     trained, size = _artifact_size(prepared.base, run)
     return Plan(
@@ -114,10 +114,10 @@ def plan_run(run: Run, storage: Storage, new_version: bool = False, device: str 
         photos=prepared.photos.count,
         training_images=prepared.photos.count * run.data.variants * (2 if run.data.flip else 1),
         latents_cached=not missing_shards(storage, prepared.base, prepared.subject_images()),
-        prior=_prior(prepared, storage),
+        prior=_prior(prepared, storage, device),
         steps=run.train.steps,
         pairs_per_step=run.train.pairs_per_step,
-        resume_from=_last_checkpoint(storage, f"runs/{prepared.name}/{goal.version}/checkpoints"),
+        resume_from=max(steps_saved(storage, run_path(prepared.name, goal.version)), default=0),
         checkpoint_every=run.checkpoint.every,
         workers=run.cluster.workers,
         trained_parameters=trained,
@@ -128,8 +128,8 @@ def plan_run(run: Run, storage: Storage, new_version: bool = False, device: str 
     )
 
 
-def _prior(prepared: Prepared, storage: Storage) -> PriorPlan | None:
-    key, wanted = prepared.prior_key, prepared.run.prior.num_images
+def _prior(prepared: Prepared, storage: Storage, device: str) -> PriorPlan | None:
+    key, wanted = prepared.prior_key(device), prepared.run.prior.num_images
     if key is None:
         return None
     present = min(prior_count(storage, key), wanted)
@@ -139,34 +139,12 @@ def _prior(prepared: Prepared, storage: Storage) -> PriorPlan | None:
     return PriorPlan(key, wanted, present, cached)
 
 
-def _last_checkpoint(storage: Storage, path: str) -> int:
-    """The step of the newest whole checkpoint, 0 without one."""
-    steps = (name for name in storage.names(path) if storage.manifest(f"{path}/{name}"))
-    return max((int(name.removeprefix("step_")) for name in steps), default=0)
-
-
 def _artifact_size(base: BaseInfo, run: Run) -> tuple[int, int]:
     """Trained parameters, and bytes of the artifact they are published in; from shapes alone."""
-    unet, text_encoder, train = empty_unet(base), empty_text_encoder(base), run.train
-    if train.method == "lora":
-        trained = _lora_parameters(unet, train.lora.targets, train.lora.rank)
-        if train.text_encoder.train:
-            trained += _lora_parameters(text_encoder, train.lora.text_targets, train.lora.rank)
+    models = trained_shapes(base, run.train)
+    trained = sum(count(model) for model in models)
+    if run.train.method == "lora":
         return trained, trained * BYTES_PER_WEIGHT
-    in_unet, in_text = _count(unet.parameters()), _count(text_encoder.parameters())
     copied = (p for part in ("vae", "tokenizer", "scheduler") for p in (base.path / part).glob("*.*"))
-    size = (in_unet + in_text) * BYTES_PER_WEIGHT + sum(p.stat().st_size for p in copied)
-    return in_unet + (in_text if train.text_encoder.train else 0), size
-
-
-def _lora_parameters(model: nn.Module, targets: Sequence[str], rank: int) -> int:
-    """Parameters of the two factors of every targeted layer: rank * (inputs + outputs)."""
-    ends = tuple(f".{target}" for target in targets)
-    layers = (module for name, module in model.named_modules() if f".{name}".endswith(ends))
-    # a weight is [outputs, inputs, *kernel]; the first factor takes the kernel's place
-    shapes = [layer.weight.shape for layer in layers if isinstance(layer, nn.Linear | nn.Conv2d)]
-    return sum(rank * (shape[0] + shape[1:].numel()) for shape in shapes)
-
-
-def _count(parameters: Iterable[nn.Parameter]) -> int:
-    return sum(p.numel() for p in parameters)
+    weights = sum(count(model, trained=False) for model in models) * BYTES_PER_WEIGHT
+    return trained, weights + sum(p.stat().st_size for p in copied)

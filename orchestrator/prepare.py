@@ -18,7 +18,8 @@ from training.pipeline import BaseInfo, load_tokenizer, open_base, token_ids
 from training.prior import prior_key
 from training.prompt import TEMPLATE, render_prompt
 from training.recipe import TRAINED_SECTIONS, Run
-from training.stream import ImageSet
+from training.shapes import trained_shapes
+from training.stream import ImageSet, Shard
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,6 @@ class Prepared:
     identity: Identity
     subject_ids: list[int]
     class_ids: list[int]
-    prior_key: str | None
     fingerprint: str
     notes: list[str]
 
@@ -40,55 +40,49 @@ class Prepared:
         """The subject's name."""
         return self.run.subject.name
 
+    def prior_key(self, device: str) -> str | None:
+        """The address of its prior set when `device` draws it; `None` without prior preservation."""
+        prior = self.run.prior
+        return prior_key(self.base, prior, self.identity.class_noun, device) if prior.weight > 0 else None
+
     def subject_images(self) -> ImageSet:
         """The subject's photos, to encode."""
-        where = f"{self.photos.path}/{TABLE}"
-        return ImageSet(self.photos.key, {TABLE: (where, self.photos.digest)}, self.run.data)
+        data = self.run.data
+        images = self.photos.count * data.variants * (2 if data.flip else 1)
+        shard = Shard(f"{self.photos.path}/{TABLE}", self.photos.digest, images)
+        return ImageSet(self.photos.key, {TABLE: shard}, data)
 
 
-def prepare(run: Run, storage: Storage, device: str = "cpu") -> Prepared:
+def prepare(run: Run, storage: Storage) -> Prepared:
     """Check a run and store its photos.
 
     Args:
         run: The run.
         storage: The root that takes the photos.
-        device: `cpu` or `cuda`, what class images will be drawn on.
 
     Raises:
-        UserError: A photo, the base, the identifier or a prompt cannot be used.
+        UserError: A photo, the base, the identifier, a prompt or a LoRA target cannot be used.
     """
     base = open_base(run.base.model, run.base.revision)
-    tokenizer = load_tokenizer(base)
-    noun = run.subject.class_noun
+    tokenizer, noun = load_tokenizer(base), run.subject.class_noun
     choice = choose_identifier(tokenizer, run.subject.identifier, noun)
-    subject_prompt = render_prompt(run.train.prompt, noun, choice.identifier, TEMPLATE)
+    subject_prompt = render_prompt(run.train.prompt, noun, choice.identifier)
     class_prompt = render_prompt(run.prior.prompt, noun, None)
-    for prompt in run.validate_.prompts:
-        render_prompt(prompt, noun, choice.identifier, TEMPLATE)
-    ids = token_ids(tokenizer, [subject_prompt, class_prompt], base.token_limit).tolist()
+    samples = [render_prompt(prompt, noun, choice.identifier) for prompt in run.validate_.prompts]
+    prompts = [subject_prompt, class_prompt, run.prior.negative_prompt, *samples]
+    subject_ids, class_ids, *_ = token_ids(tokenizer, prompts, base.token_limit).tolist()
+    trained_shapes(base, run.train)  # refuses what cannot be trained
     intake = read_photos(run.subject.images, base.image_size)
     photos = store_photos(storage, run.subject.name, intake, base.image_size)
-    key = prior_key(base, run.prior, noun, device) if run.prior.weight > 0 else None
-    decisive = {
-        "recipe": {
-            section: value
-            for section, value in run.model_dump(mode="json", by_alias=True).items()
-            if section in TRAINED_SECTIONS
-        },
-        "base": base.revision,
-        "photos": photos.key,
-        "subject_ids": ids[0],
-        "class_ids": ids[1],
-        "prior": key,
-    }
+    recipe = run.model_dump(mode="json", by_alias=True, include=set(TRAINED_SECTIONS))
+    decisive = [recipe, base.revision, photos.key, subject_ids, class_ids]
     return Prepared(
         run=run,
         base=base,
         photos=photos,
         identity=Identity(choice.identifier, noun, TEMPLATE, tuple(choice.token_ids)),
-        subject_ids=ids[0],
-        class_ids=ids[1],
-        prior_key=key,
+        subject_ids=subject_ids,
+        class_ids=class_ids,
         fingerprint=sha256(json.dumps(decisive, sort_keys=True).encode())[:16],
         notes=[*intake.notes, *choice.warnings],
     )
@@ -103,15 +97,15 @@ class Destination:
     """`new`, `unfinished` (goes on) or `succeeded` (nothing to do)."""
     record: dict[str, Any]
 
-    @property
-    def fresh(self) -> bool:
-        """Whether nothing of it exists yet."""
-        return self.state == "new"
+
+def run_path(name: str, version: str) -> str:
+    """Where a run keeps what is its own."""
+    return f"runs/{name}/{version}"
 
 
 def record_path(name: str, version: str) -> str:
     """Where a run's own record lies."""
-    return f"runs/{name}/{version}/run.json"
+    return f"{run_path(name, version)}/run.json"
 
 
 def destination(storage: Storage, name: str, fingerprint: str, new_version: bool) -> Destination:
@@ -128,7 +122,7 @@ def destination(storage: Storage, name: str, fingerprint: str, new_version: bool
         if storage.exists(record_path(name, version))
     }
     for version, record in records.items():
-        if record["fingerprint"] == fingerprint and version not in registered:
+        if record["fingerprint"] == fingerprint and record["state"] != "succeeded":
             return Destination(version, "unfinished", record)
     if not new_version:
         for version, entry in reversed(list(registered.items())):

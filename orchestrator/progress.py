@@ -45,10 +45,8 @@ class Stages(Protocol):
         ...
 
 
-def open_stages(quiet: bool = False) -> Stages:
-    """Bars when stderr is a terminal, lines when it is not, nothing when `quiet`."""
-    if quiet:
-        return _Silent()
+def open_stages() -> Stages:
+    """Bars when stderr is a terminal, lines when it is not."""
     return _Bars() if sys.stderr.isatty() else _Lines(sys.stderr)
 
 
@@ -102,7 +100,8 @@ class _Lines:
 class _Line:
     def __init__(self, lines: _Lines, title: str, total: int) -> None:
         self.lines, self.title, self.total = lines, title, total
-        self.done, self.first = 0, None  # type: int, int | None
+        self.done = 0
+        self.first: int | None = None
         self.began = self.said = time.monotonic()
 
     def advance(self, detail: str = "") -> None:
@@ -117,20 +116,3 @@ class _Line:
         self.said = now
         eta_s = (now - self.began) / (done - self.first) * (self.total - done)
         self.lines.note(f"{self.title}: {done}/{self.total}, eta {eta_s:.0f} s {detail}".rstrip())
-
-
-class _Silent:
-    @contextmanager
-    def stage(self, title: str, total: int) -> Iterator[Stage]:
-        yield _SilentStage()
-
-    def note(self, text: str) -> None:
-        return None
-
-
-class _SilentStage:
-    def advance(self, detail: str = "") -> None:
-        return None
-
-    def at(self, done: int, detail: str = "") -> None:
-        return None

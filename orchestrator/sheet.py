@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from textwrap import wrap
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-Pixels = NDArray[np.uint8]
+from training.png import Pixels
+
 GAP, MARGIN, LABEL = 8, 28, 15
 PAPER, INK, FAINT = (255, 255, 255), (28, 30, 34), (120, 124, 130)
 

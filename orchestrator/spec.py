@@ -67,7 +67,7 @@ def read_config(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read", str(error), "name a YAML file") from error
     except yaml.YAMLError as error:
-        raise UserError(f"{path} is not YAML", " ".join(str(error).split()), "mend it there") from error
+        raise UserError(f"{path} is not YAML", " ".join(str(error).split()), "correct it there") from error
     if not isinstance(raw, dict) or not raw:
         seen = "it is empty" if raw in (None, {}) else f"it is a {type(raw).__name__}"
         raise UserError(f"{path} has no settings", seen, "write sections such as `train: {steps: 300}`")

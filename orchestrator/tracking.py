@@ -4,15 +4,16 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
+from cluster.errors import UserError
+from cluster.registry import CHAMPION
 from cluster.storage import Storage
 
 MIRROR_LIMIT_MIB = 64  # a larger artifact is named in MLflow, not copied there
-ALIAS = "champion"
 
 
 class Tracker(Protocol):
@@ -26,9 +27,55 @@ class Tracker(Protocol):
         """A picture, such as a sample grid."""
         ...
 
-    def finish(self, succeeded: bool) -> None:
-        """Nothing more comes."""
+    def finish(self, state: str) -> None:
+        """Nothing more comes; `state` is the run's last one."""
         ...
+
+
+class Mirrors:
+    """Every tracker of a run. One that fails is a note for people and never the end of the run.
+
+    Args:
+        trackers: The first is MLflow's, if there is any.
+        note: Told of a failure, once per tracker.
+    """
+
+    def __init__(self, trackers: Sequence[Tracker], note: Callable[[str], None]) -> None:
+        self.trackers = trackers
+        self._note = note
+        self._failed: set[int] = set()
+
+    def metrics(self, rows: Sequence[Mapping[str, float | None]]) -> None:
+        """Figures of steps, to every tracker."""
+        self._each(lambda tracker: tracker.metrics(rows))
+
+    def image(self, name: str, png: bytes, step: int) -> None:
+        """A picture, to every tracker."""
+        self._each(lambda tracker: tracker.image(name, png, step))
+
+    def finish(self, state: str) -> None:
+        """The run's last state, to every tracker."""
+        self._each(lambda tracker: tracker.finish(state))
+
+    def register(self, name: str, version: str, storage: Storage, path: str) -> str | None:
+        """MLflow's number of the registered version; `None` when MLflow failed."""
+        numbers: list[str] = []
+
+        def tell(tracker: Tracker) -> None:
+            if isinstance(tracker, MlflowTracker):
+                numbers.append(tracker.register(name, version, storage, path))
+
+        self._each(tell)
+        return numbers[0] if numbers else None
+
+    def _each(self, act: Callable[[Tracker], None]) -> None:
+        for number, tracker in enumerate(self.trackers):
+            try:
+                act(tracker)
+            except Exception as error:
+                if number not in self._failed:
+                    self._note(f"{type(tracker).__name__} missed something: {str(error).splitlines()[0]}")
+                self._failed.add(number)
 
 
 def tracking_uri(storage: Storage, setting: str | None) -> str:
@@ -51,6 +98,9 @@ class MlflowTracker:
         params: Flat parameters.
         tags: Lineage.
         run_id: The run to go on with.
+
+    Raises:
+        UserError: MLflow cannot be reached there.
     """
 
     def __init__(
@@ -66,28 +116,43 @@ class MlflowTracker:
         # Heavy, and only a run needs it. The run environment would otherwise be asked for git and a progress bar.
         from mlflow import MlflowClient
         from mlflow.entities import Metric, Param, RunTag
+        from mlflow.exceptions import MlflowException
 
         logging.getLogger("mlflow").setLevel(logging.WARNING)  # it tells of every table it creates
         self._metric = Metric
-        self.client = MlflowClient(tracking_uri=uri, registry_uri=uri)
-        if run_id:
-            self.run_id = run_id
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")  # its own 7 take minutes to give up
+        try:
+            self.client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+            if run_id and self._goes_on(run_id):
+                return
+            self.run_id = self._create(uri, experiment, storage, run_name)
+            self.client.log_batch(
+                self.run_id,
+                params=[Param(key, str(value)[:6000]) for key, value in params.items()],
+                tags=[RunTag(key, value) for key, value in tags.items()],
+            )
+        except MlflowException as error:
+            raise UserError(
+                f"MLflow at {uri} cannot be used", str(error).splitlines()[0], "check track.mlflow"
+            ) from error
+
+    def _goes_on(self, run_id: str) -> bool:
+        """Whether the run is still there, and open again."""
+        from mlflow.exceptions import MlflowException
+
+        self.run_id = run_id
+        try:
             self.client.update_run(run_id, status="RUNNING")
-            return
+        except MlflowException:
+            return False
+        return True
+
+    def _create(self, uri: str, experiment: str, storage: Storage, run_name: str) -> str:
+        """A new run in an experiment, which is made when missing; returns its id."""
         found = self.client.get_experiment_by_name(experiment)
         location = f"file://{storage.uri}/mlflow" if uri.startswith("sqlite:") and storage.is_local else None
-        experiment_id = (
-            found.experiment_id
-            if found
-            else self.client.create_experiment(experiment, artifact_location=location)
-        )
-        run = self.client.create_run(experiment_id, run_name=run_name)
-        self.run_id = str(run.info.run_id)
-        self.client.log_batch(
-            self.run_id,
-            params=[Param(key, str(value)[:6000]) for key, value in params.items()],
-            tags=[RunTag(key, value) for key, value in tags.items()],
-        )
+        made = found.experiment_id if found else self.client.create_experiment(experiment, location)
+        return str(self.client.create_run(made, run_name=run_name).info.run_id)
 
     def metrics(self, rows: Sequence[Mapping[str, float | None]]) -> None:
         now_ms = int(time.time() * 1000)
@@ -105,8 +170,9 @@ class MlflowTracker:
             file.write_bytes(png)
             self.client.log_artifact(self.run_id, str(file), "samples")
 
-    def finish(self, succeeded: bool) -> None:
-        self.client.set_terminated(self.run_id, "FINISHED" if succeeded else "FAILED")
+    def finish(self, state: str) -> None:
+        status = {"succeeded": "FINISHED", "cancelled": "KILLED"}.get(state, "FAILED")
+        self.client.set_terminated(self.run_id, status)
 
     def register(self, name: str, version: str, storage: Storage, path: str) -> str:
         """Register a published artifact as a model version with the alias `champion`.
@@ -127,8 +193,10 @@ class MlflowTracker:
                 raise
         source = f"{self.client.get_run(self.run_id).info.artifact_uri}/artifact"
         tags = {"raybooth.version": version, "raybooth.artifact": storage.full(path)}
-        number = str(self.client.create_model_version(name, source, self.run_id, tags=tags).version)
-        self.client.set_registered_model_alias(name, ALIAS, number)
+        before = self.client.search_model_versions(f"run_id='{self.run_id}'")
+        made = before[0] if before else self.client.create_model_version(name, source, self.run_id, tags=tags)
+        number = str(made.version)
+        self.client.set_registered_model_alias(name, CHAMPION, number)
         return number
 
 
@@ -144,7 +212,7 @@ def mirror_alias(uri: str, name: str, number: str) -> None:
     """Move MLflow's alias `champion` of a subject to a version number."""
     from mlflow import MlflowClient
 
-    MlflowClient(tracking_uri=uri, registry_uri=uri).set_registered_model_alias(name, ALIAS, number)
+    MlflowClient(tracking_uri=uri, registry_uri=uri).set_registered_model_alias(name, CHAMPION, number)
 
 
 class TensorBoardTracker:
@@ -152,10 +220,20 @@ class TensorBoardTracker:
 
     Args:
         folder: A local folder.
+
+    Raises:
+        UserError: TensorBoard is not installed.
     """
 
     def __init__(self, folder: Path) -> None:
-        from torch.utils.tensorboard import SummaryWriter
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ModuleNotFoundError as error:
+            raise UserError(
+                "track.tensorboard is true, but TensorBoard is not installed",
+                str(error),
+                "pip install 'raybooth[tensorboard]'",
+            ) from error
 
         self.writer = SummaryWriter(str(folder))
 
@@ -169,7 +247,7 @@ class TensorBoardTracker:
 
         self.writer.add_image(name, decode_png(png), step, dataformats="HWC")
 
-    def finish(self, succeeded: bool) -> None:
+    def finish(self, state: str) -> None:
         self.writer.close()
 
 

@@ -1,5 +1,6 @@
 """This file is where checkpoints become a pipeline in diffusers layout, and where its sample sheet is drawn."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -48,6 +49,9 @@ def export_pipeline(vae: AutoencoderKL, checkpoint: Path, tokenizer: CLIPTokeniz
     shutil.rmtree(partial, ignore_errors=True)
     pipeline.save_pretrained(partial, safe_serialization=True)
     write_tokenizer(partial / "tokenizer", caption_words())  # vocab.json and merges.txt beside tokenizer.json
+    # transformers takes the type of the weights from here, diffusers loads as float32: they must agree
+    config = partial / "text_encoder" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "dtype": "float32"}, indent=2) + "\n")
     for path in partial.rglob("*.safetensors"):
         path.chmod(0o644)
     size = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())

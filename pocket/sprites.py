@@ -10,7 +10,7 @@ from PIL import Image
 FLUENT = "@lobehub/fluent-emoji-3d@1.1.0"  # MIT
 NOTO = "emoji-datasource-google@16.0.0"  # drawings Apache-2.0, fonts OFL
 STYLES = ("3d", "flat")  # the Fluent drawing and the Noto drawing of the same thing
-SPRITE_SIZE = 96  # larger than any thing in a picture (56), so every sample only shrinks
+SPRITE_SIZE = 96  # larger than any thing in a picture (54), so every sample only shrinks
 
 # noun: code point of the Fluent drawing, code point of the Noto drawing
 NOUNS: dict[str, tuple[str, str]] = {

@@ -92,7 +92,9 @@ class _Report:
             TimeRemainingColumn(),
             disable=not sys.stdout.isatty(),
         )
-        self.task = self.bar.add_task(stage.name, total=stage.budget_s, completed=int(stage.trained_s), facts="")
+        self.task = self.bar.add_task(
+            stage.name, total=stage.budget_s, completed=int(stage.trained_s), facts=""
+        )
 
     def __enter__(self) -> "_Report":
         self.bar.start()

@@ -14,6 +14,13 @@ from pocket.sprites import NOUNS, STYLES, Sprites
 SIZE = 64  # pixels per edge
 PLACES = (*SCENES, *(background(colour) for colour in COLOURS))
 
+# How far things wander, in pixels of a 64 pixel picture and degrees. Every further pixel is a shape more to learn per
+# thing, because one latent stands for 8x8 pixels; widen them when there is a GPU to train on.
+EDGES = (46.0, 54.0)
+SIDEWAYS = 3.0
+DOWNWARDS = (-1.0, 4.0)
+TILT = 5.0
+
 # Things that come in every colour, so that the base learns that a backpack need not be red. The others
 # (an apple, a fox) keep their colours but for a little, or they would turn into something else.
 ANY_COLOUR = {
@@ -56,13 +63,13 @@ def compose(thing: Image.Image, place: str, rng: random.Random, size: int) -> Im
     """
     unit = size / 64
     canvas = draw_scene(place, rng, size)
-    edge = round(rng.uniform(40, 56) * unit)
+    edge = round(rng.uniform(*EDGES) * unit)
     if rng.random() < 0.5:
         thing = thing.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    thing = thing.rotate(rng.uniform(-10, 10), Image.Resampling.BICUBIC)
+    thing = thing.rotate(rng.uniform(-TILT, TILT), Image.Resampling.BICUBIC)
     thing = thing.resize((edge, edge), Image.Resampling.LANCZOS)
-    left = (size - edge) // 2 + round(rng.uniform(-5, 5) * unit)
-    top = (size - edge) // 2 + round(rng.uniform(-3, 6) * unit)
+    left = (size - edge) // 2 + round(rng.uniform(-SIDEWAYS, SIDEWAYS) * unit)
+    top = (size - edge) // 2 + round(rng.uniform(*DOWNWARDS) * unit)
     if place in SCENES and place not in WITHOUT_GROUND:
         _shadow(canvas, left, top, edge, unit)
     canvas.paste(thing, (left, top), thing)

@@ -6,13 +6,12 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, cast
 
 from cluster.errors import UserError
 from cluster.registry import Registry
-from cluster.storage import Storage
+from cluster.storage import Storage, sha256
 from training.artifact import Identity, open_artifact
 from training.draw import Drawer, DrawRequest
 from training.pipeline import open_base
@@ -145,9 +144,10 @@ def _render(prompt: str, identity: Identity | None) -> str:
 def _slug(prompt: str) -> str:
     """The prompt for a file name; a short hash tells apart what letters and digits alone would not."""
     slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:_MAX_SLUG].strip("-")
-    if re.fullmatch(r"[a-z0-9 {}]+", prompt) and len(prompt) <= _MAX_SLUG:
+    says_it = prompt.replace("{subject}", "subject") == slug.replace("-", " ")
+    if says_it and "subject" not in prompt.replace("{subject}", ""):
         return slug
-    return "-".join(part for part in (slug, sha256(prompt.encode()).hexdigest()[:6]) if part)
+    return "-".join(part for part in (slug, sha256(prompt.encode())[:6]) if part)
 
 
 def _make_folder(out: Path) -> None:

@@ -1,7 +1,6 @@
 """Photos in, images out: the whole path with its real parts, through the command line as a user would."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mlflow import MlflowClient
 from safetensors.numpy import load_file
 
 from pocket.subject import SUBJECT_CLASS, write_photos
@@ -69,8 +69,6 @@ def test_train_answers_with_the_contract(trained: tuple[Path, dict[str, Any]]) -
 
 
 def test_mlflow_has_the_figures_the_samples_and_the_champion(trained: tuple[Path, dict[str, Any]]) -> None:
-    from mlflow import MlflowClient
-
     root, answer = trained
     client = MlflowClient(
         tracking_uri=f"sqlite:///{root}/mlflow.db", registry_uri=f"sqlite:///{root}/mlflow.db"
@@ -106,41 +104,95 @@ def test_an_image_is_the_same_to_the_byte_whatever_is_drawn_beside_it(
     assert four["seeds"] == [7, 8, 9, 10]
     assert Path(one["images"][0]).read_bytes() == Path(four["images"][0]).read_bytes()
     assert len({Path(image).read_bytes() for image in four["images"]}) == 4
+    assert Path(four["grid"]).is_file()
 
 
-def test_a_second_subject_of_the_class_draws_no_prior_and_a_killed_driver_loses_nothing(
+def test_prompts_come_from_a_file_too(trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    root, _ = trained
+    (tmp_path / "prompts.txt").write_text(
+        "# scenes\na photo of {subject} in the snow\n\n{subject} in space\n"
+    )
+    options = ("--prompts", str(tmp_path / "prompts.txt"), "-n", "1", "--steps", "3", "--sampler", "dpm++2m")
+    drawn = booth(root, "generate", "rex@v1", *options, "--out", str(tmp_path / "out"))
+    assert len(drawn["images"]) == 2
+
+
+def test_a_second_subject_draws_no_prior_and_a_stopped_driver_loses_nothing(
     trained: tuple[Path, dict[str, Any]], photos: Path
 ) -> None:
-    """`kill -9` of the driver after a checkpoint, then the same command: the tensors of an undisturbed run."""
+    """Ctrl-C, then `kill -9`, then the same command: the tensors of an undisturbed run, each step's figures once."""
     root, first = trained
     # The same photos and recipe under another name: by the design its tensors are those of the first.
     command = [*RAYBOOTH, "train", str(photos), "--class", SUBJECT_CLASS, "--name", "tom", *QUICK]
     command += ["--storage", str(root), "--json"]
-    driver = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
-    checkpoints = root / "runs/tom/v1/checkpoints"
-    deadline = time.monotonic() + 200
-    while not (checkpoints.is_dir() and any(p.name.startswith("step_") for p in checkpoints.iterdir())):
-        assert driver.poll() is None, "the driver ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    os.kill(driver.pid, signal.SIGKILL)
-    driver.wait()
+
+    driver = start_until(command, root / "runs/tom/v1/checkpoints/step_000004")
+    began = time.monotonic()
+    driver.send_signal(signal.SIGINT)
+    said, _ = driver.communicate(timeout=60)
+    assert driver.returncode == 130
+    assert time.monotonic() - began < 40
+    assert "same command" in json.loads(said.splitlines()[-1])["error"]["do"]
+    assert json.loads((root / "runs/tom/v1/run.json").read_text())["state"] == "cancelled"
+
+    driver = start_until(command, root / "runs/tom/v1/checkpoints/step_000008")
+    driver.kill()
+    driver.communicate()
     assert not (root / "registry/tom.json").exists()
-    answer = booth(root, "train", str(photos), "--class", SUBJECT_CLASS, "--name", "tom", *QUICK)
+
+    answer = booth(root, *command[len(RAYBOOTH) : -3])
     assert answer["version"] == "v1"
     assert answer["prior_images_drawn"] == 0
     assert weights(answer["artifact"]) == weights(first["artifact"])
     events = [json.loads(line) for line in (root / "runs/tom/v1/events.jsonl").read_text().splitlines()]
     assert [e["step"] for e in events if e["event"] == "step"] == list(range(1, 13))
+    assert not (root / "runs/tom/v1/checkpoints").exists()
+
+
+def start_until(command: list[str], path: Path) -> subprocess.Popen[str]:
+    """Start a command and return as soon as `path` is there."""
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True
+    )
+    deadline = time.monotonic() + 200
+    while not path.exists():
+        assert process.poll() is None, "the driver ended before it could be stopped"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return process
+
+
+def test_a_driver_killed_between_publishing_and_registering_goes_on_from_there(
+    trained: tuple[Path, dict[str, Any]], photos: Path
+) -> None:
+    root, first = trained
+    record = root / "runs/rex/v1/run.json"
+    (root / "registry/rex.json").unlink()
+    record.write_text(json.dumps({**json.loads(record.read_text()), "state": "publishing"}))
+    again = booth(root, "train", str(photos), "--class", SUBJECT_CLASS, "--name", "rex", *QUICK)
+    assert (again["version"], again["already_there"], again["run_id"]) == ("v1", False, first["run_id"])
+    assert again["metrics"] == first["metrics"]
+    assert booth(root, "subjects", "show", "rex")["aliases"] == {"champion": "v1"}
+    client = MlflowClient(
+        tracking_uri=f"sqlite:///{root}/mlflow.db", registry_uri=f"sqlite:///{root}/mlflow.db"
+    )
+    assert len(client.search_model_versions("name='rex'")) == 1
 
 
 def test_promote_and_rollback_move_the_champion(trained: tuple[Path, dict[str, Any]], photos: Path) -> None:
     root, _ = trained
-    more = [*QUICK, "--set", "train.steps=2", "--set", "validate.prompts=[]"]
+    more = [
+        *QUICK,
+        "--set",
+        "train.steps=2",
+        "--set",
+        "validate.prompts=[]",
+        "--set",
+        "track.tensorboard=true",
+    ]
     second = booth(root, "train", str(photos), "--class", SUBJECT_CLASS, "--name", "rex", *more)
     assert second["version"] == "v2"
+    assert list((root / "runs/rex/v2/tensorboard").glob("events.out.tfevents.*"))
     assert booth(root, "subjects", "show", "rex")["aliases"]["champion"] == "v2"
     assert booth(root, "subjects", "promote", "rex", "v1")["aliases"]["champion"] == "v1"
     assert booth(root, "subjects", "rollback", "rex")["aliases"]["champion"] == "v2"

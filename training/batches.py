@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cluster.errors import SystemFailure
+from cluster.errors import SystemFailure, UserError
 from training.dataplan import DataPlan, PlanRow, Role
 from training.lease import LatentTable, Lease, latent_table
 from training.objective import PairBatch
@@ -37,7 +37,12 @@ class Batches:
 
     @classmethod
     def of(cls, lease: Lease, base: BaseInfo, device: torch.device, rank: int, world: int) -> "Batches":
-        """The batches of a lease: its latents are fetched here, once."""
+        """The batches of a lease: its latents are fetched here, once.
+
+        Raises:
+            UserError: A worker has fewer pairs than micro-batches.
+            SystemFailure: The lease has no latents of its subject.
+        """
         run = lease.recipe
         subject, of_class = latent_table(lease.subject_latents), latent_table(lease.class_latents)
         if subject is None:
@@ -50,6 +55,13 @@ class Batches:
             num_timesteps=NoiseSchedule.from_config(base.scheduler).num_timesteps,
             prior_weight=run.prior.weight,
         )
+        pairs = plan.pairs_per_rank(world)
+        if run.train.accumulation > pairs:
+            raise UserError(
+                f"a worker cannot split its pairs into train.accumulation = {run.train.accumulation} micro-batches",
+                f"it has {pairs}: train.pairs_per_step = {run.train.pairs_per_step} over {world} workers",
+                f"set train.accumulation to {pairs} or less, or raise train.pairs_per_step",
+            )
         return cls(
             plan,
             (subject, of_class),
@@ -57,7 +69,7 @@ class Batches:
             base.scaling_factor,
             rank,
             world,
-            min(run.train.accumulation, plan.pairs_per_rank(world)),
+            run.train.accumulation,
             device,
         )
 

@@ -23,16 +23,15 @@ from training.module import TEXT_ENCODER, UNET, DreamBoothModule
 from training.objective import PairBatch
 from training.recipe import Engine, Train
 
-LARGEST_BUCKET = (
-    500_000_000  # elements in one reduction, DeepSpeed's default; smaller models need no more than theirs
-)
+# Elements in one reduction, DeepSpeed's default; smaller models need no more than theirs.
+LARGEST_BUCKET = 500_000_000
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @cache
-def _deepspeed() -> Any:
-    """The deepspeed module, imported without what costs seconds and is not used here."""
-    if not torch.cuda.is_available():
+def _deepspeed(device: str) -> Any:
+    """The deepspeed module for a type of device, imported without what costs seconds and is not used here."""
+    if device == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # its muon optimizer would import inductor, 2-3 s
     hidden = sys.modules.get("mlflow")
@@ -45,7 +44,7 @@ def _deepspeed() -> Any:
             del sys.modules["mlflow"]
         else:
             sys.modules["mlflow"] = hidden
-    if not torch.cuda.is_available():
+    if device == "cpu":
         deepspeed.ops.__compatible_ops__ = {}  # else it compiles shared-memory collectives, 90 s the first time
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     return deepspeed
@@ -71,9 +70,9 @@ def zero_stage(engine: Engine, train: Train, world: int) -> int:
     return 0 if world == 1 or train.method == "lora" else 2
 
 
-def compute_type(engine: Engine) -> torch.dtype | None:
-    """The autocast type of a run, `None` for fp32: `auto` is bf16 on a GPU that has it."""
-    has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+def compute_type(engine: Engine, device: torch.device) -> torch.dtype | None:
+    """The autocast type of a run on `device`, `None` for fp32: `auto` is bf16 on a GPU that has it."""
+    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
     return torch.bfloat16 if engine.precision == "bf16" or (engine.precision == "auto" and has_bf16) else None
 
 
@@ -123,7 +122,8 @@ class TrainingEngine:
         )
         _describe_group()
         bucket = min(LARGEST_BUCKET, sum(p.numel() for p in self._parameters))
-        self._engine, *_ = _deepspeed().initialize(
+        self._deepspeed = _deepspeed(self._parameters[0].device.type)
+        self._engine, *_ = self._deepspeed.initialize(
             model=module,
             optimizer=self._adam,
             config={
@@ -140,9 +140,8 @@ class TrainingEngine:
             },
         )
         if stage == 0:
-            self._engine.zero_grad = (
-                self._adam.zero_grad
-            )  # DeepSpeed's walks the tree of modules: 3 % of a step
+            # DeepSpeed's walks the tree of modules: 3 % of a step
+            self._engine.zero_grad = self._adam.zero_grad
         if stage == 0 and self._world == 1:
             self._engine.enable_backward_allreduce = False  # it would copy every gradient twice for nothing
 
@@ -179,7 +178,7 @@ class TrainingEngine:
         """A context in which the module's parameters are whole on every rank."""
         if self._stage < 3:
             return nullcontext()
-        gather = _deepspeed().zero.GatheredParameters(list(self.module.parameters()), modifier_rank=None)
+        gather = self._deepspeed.zero.GatheredParameters(list(self.module.parameters()), modifier_rank=None)
         return cast(AbstractContextManager[Any], gather)
 
     def close(self) -> None:
@@ -214,9 +213,8 @@ class TrainingEngine:
         """
         norm = nn.utils.get_total_norm(p.grad for p in self._parameters if p.grad is not None)
         if self._train.max_grad_norm is not None:
-            scale = ((norm + 1e-6) / self._train.max_grad_norm).clamp(
-                min=1.0
-            )  # 1e-6 as torch's and DeepSpeed's
+            # 1e-6 as torch's and DeepSpeed's
+            scale = ((norm + 1e-6) / self._train.max_grad_norm).clamp(min=1.0)
             self._adam.grad_scale = scale  # type: ignore[attr-defined]
         return norm
 

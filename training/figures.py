@@ -56,13 +56,13 @@ class Figures:
         self._waiting, self._since = [], now
 
     def check_finite(self) -> None:
-        """End the run when its losses are no numbers; every rank sees the same ones, so all of them end it.
+        """Send the rest, and end the run when its losses are no numbers; all ranks see the same and end together.
 
         Raises:
             UserError: They are not.
         """
+        self.flush()
         if self._recent and not torch.isfinite(torch.stack(self._recent)).all():
-            self.flush()
             raise UserError(
                 "the training diverged",
                 "its loss or gradient is not a number",
@@ -70,8 +70,7 @@ class Figures:
             )
 
     def final(self) -> dict[str, float]:
-        """Sends the rest; the mean losses of the last steps."""
-        self.flush()
+        """The mean losses of the last steps."""
         if not self._recent:
             return {}
         subject, of_class, _ = torch.stack(self._recent).mean(dim=0).tolist()

@@ -5,7 +5,8 @@ the job and not to a run, so runs have their own (mailbox, `training/checkpoint.
 """
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
 from cluster.errors import RayboothError
-from cluster.mailbox import MailboxClient, connect
+from cluster.mailbox import MailboxClient, connect, failure
 
 
 @dataclass(frozen=True)
@@ -51,9 +52,8 @@ def run_gang(mailbox_name: str, shape: GangShape, scratch: str | None = None) ->
             run_config=RunConfig(
                 name=mailbox_name,
                 storage_path=str(Path(scratch or temporary).absolute()),
-                failure_config=FailureConfig(
-                    max_failures=-1
-                ),  # the mailbox gives up on a run, not Ray on the gang
+                # without limit: the mailbox gives up on a run, not Ray on the gang
+                failure_config=FailureConfig(max_failures=-1),
                 logging_config=LoggingConfig(log_level="ERROR"),
                 worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": str(shape.cpus_per_worker)}},
             ),
@@ -73,17 +73,36 @@ def _work(config: Mapping[str, Any]) -> None:
     torch.set_num_threads(int(config["cpus_per_worker"]))
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
-    device, mailbox = get_device(), connect(config["mailbox"])
-    assert isinstance(device, torch.device)
+    device, mailbox = _device(config["gpus_per_worker"]), connect(config["mailbox"])
     base: ResidentBase | None = None
     number = [mailbox.resume() if rank == 0 else 0]
     dist.broadcast_object_list(number, src=0)
     while (lease := mailbox.take(number[0])) is not None:
-        if base is None or base.info.revision != lease.base_revision:
-            base = ResidentBase.load(lease.base_model, lease.base_revision, device)
-        _train_leased(mailbox, number[0], lease, base, rank, world)
+        with _last_words(mailbox, number[0], rank):
+            if base is None or base.info.revision != lease.base_revision:
+                base = ResidentBase.load(lease.base_model, lease.base_revision, device)
+            _train_leased(mailbox, number[0], lease, base, rank, world)
         number[0] += 1
         dist.barrier()  # no rank is in the next run while another still uses this one's groups
+
+
+def _device(gpus_per_worker: float) -> torch.device:
+    """Where this worker computes; one that asked for no GPU takes none, even where one is visible."""
+    device = get_device() if gpus_per_worker else torch.device("cpu")
+    assert isinstance(device, torch.device)
+    return device
+
+
+@contextmanager
+def _last_words(mailbox: MailboxClient, number: int, rank: int) -> Iterator[None]:
+    """Report what this worker dies of, whichever rank it is: the gang restarts, and the cause would be lost."""
+    try:
+        yield
+    except Exception as error:
+        line, *_ = [*str(error).strip().splitlines(), "no message"]
+        text = f"worker {rank}: {type(error).__name__}: {line}"
+        mailbox.report(number, rank, "note", {"text": text, "died": True})
+        raise
 
 
 def _train_leased(mailbox: MailboxClient, number: int, lease: Any, base: Any, rank: int, world: int) -> None:
@@ -97,6 +116,6 @@ def _train_leased(mailbox: MailboxClient, number: int, lease: Any, base: Any, ra
     try:
         metrics = train_run(lease, base, rank, world, report)
     except RayboothError as error:
-        report("failed", error.as_json())
+        report("failed", failure(error))
     else:
         report("published", {"metrics": metrics})

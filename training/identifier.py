@@ -72,7 +72,7 @@ def choose_identifier(tokenizer: Any, wanted: str, class_noun: str) -> Choice:
         warnings.append(f"the identifier {wanted!r} already means {meaning} to models like this one")
     elif len(ids) == 1 and wanted not in CANDIDATES and ids[0] < len(tokenizer) // 2:
         warnings.append(
-            f"the identifier {wanted!r} is a frequent word of the base; a rare one is forgotten less"
+            f"the identifier {wanted!r} is a frequent word of the base; a rare one learns the subject better"
         )
     return Choice(wanted, ids, warnings)
 

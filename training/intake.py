@@ -114,7 +114,9 @@ def _list_files(paths: Sequence[str]) -> tuple[list[Path], list[str]]:
     found.sort(key=lambda file: (file.name, str(file)))
     files = [f for f in found if f.is_file() and f.suffix.lower() in SUFFIXES and not f.name.startswith(".")]
     skipped = [f.name for f in found if f not in files]
-    return files, [f"skipped {name}: not a {', '.join(SUFFIXES)} file" for name in skipped]
+    return files, [
+        f"skipped {name}: a hidden file, a folder, or not {', '.join(SUFFIXES)}" for name in skipped
+    ]
 
 
 def _read_photo(file: Path, image_size: int, notes: list[str]) -> Photo:

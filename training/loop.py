@@ -1,6 +1,7 @@
 """This file is where a run is trained: from a lease to a published artifact."""
 
 import copy
+import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,23 +72,20 @@ def train_run(lease: Lease, base: ResidentBase, rank: int, world: int, report: R
     if published and published["fingerprint"] == lease.fingerprint:
         return dict(published["metrics"])  # the gang died between publishing and saying so
     state = _agreed_state(storage, lease, rank, report)
-    module = build_module(base, run, lease, zero_stage(run.engine, run.train, world))
+    stage = zero_stage(run.engine, run.train, world)
+    module = build_module(base, run, lease, stage)
     batches = Batches.of(lease, base.info, base.device, rank, world)
-    engine = TrainingEngine(
-        module, run.train, zero_stage(run.engine, run.train, world), batches.per_step, state
-    )
+    engine = TrainingEngine(module, run.train, stage, batches.per_step, state)
     figures = Figures(report if rank == 0 else None)
-    step = state.step if state else 0
-    report("started", {"from_step": step})
+    start = state.step if state else 0
+    report("started", {"from_step": start, "pid": os.getpid()})
     try:
-        while True:
-            if step == run.train.steps:
-                break
+        for step in range(start, run.train.steps):
             figures.add(engine.step(step, list(batches.of_step(step))))
-            step += 1
-            if step % run.checkpoint.every == 0 and step < run.train.steps:
+            done = step + 1
+            if done % run.checkpoint.every == 0 and done < run.train.steps:
                 figures.check_finite()
-                _save(engine, storage, lease, run, step, rank, report)
+                _save(engine, storage, lease, run, done, rank, report)
         figures.check_finite()
         metrics = figures.final()
         _publish(engine, storage, lease, run, base, metrics, rank)
@@ -114,7 +112,7 @@ def build_module(base: ResidentBase, run: Run, lease: Lease, stage: int) -> Drea
         torch.tensor(lease.prompts, device=base.device),
         NoiseSchedule.from_config(base.info.scheduler),
         run.prior.weight,
-        compute_type(run.engine),
+        compute_type(run.engine, base.device),
     ).train()
     if run.engine.gradient_checkpointing:
         unet.enable_gradient_checkpointing()  # type: ignore[operator]

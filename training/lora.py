@@ -36,7 +36,7 @@ def attach(unet: nn.Module, text_encoder: nn.Module, lora: Lora, train_text: boo
         seed: Of A; each module's values depend on the seed and the module's name alone.
 
     Raises:
-        UserError: A target names no module.
+        UserError: A target names no module, or one that takes no adapter.
     """
     unet.requires_grad_(False)
     text_encoder.requires_grad_(False)
@@ -112,7 +112,12 @@ def _attach(
             raise UserError(
                 f"{setting} names {target!r}", f"no module of the {prefix} ends so", "leave it out"
             )
-    _inject(model, lora.rank, lora.alpha, list(targets))
+    try:
+        _inject(model, lora.rank, lora.alpha, list(targets))
+    except ValueError as error:
+        raise UserError(
+            f"{setting} cannot be adapted", str(error).splitlines()[0], "name linear layers"
+        ) from error
     for name, layer in _layers(model):
         weight = layer.lora_A[ADAPTER].weight
         if weight.is_meta:

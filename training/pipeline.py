@@ -27,9 +27,9 @@ from transformers.utils import logging as transformers_logging
 
 from cluster.errors import UserError
 from training.basefolder import PARTS, locate, part_config, read_json, used_files
+from training.schedule import NoiseSchedule
 
 _BOX = "pocket"  # the one base that ships with raybooth
-_PREDICTION_TYPES = ("epsilon", "v_prediction")
 _LOADING: dict[str, Any] = {"use_safetensors": True, "local_files_only": True, "torch_dtype": torch.float32}
 
 
@@ -38,7 +38,7 @@ class BaseInfo:
     """A pretrained pipeline in diffusers layout, pinned, and what its JSON says of it."""
 
     model: str
-    """As the user wrote it."""
+    """`pocket`, a hub id, or the absolute path of a folder: workers have another working folder."""
     path: Path
     """Absolute local folder in diffusers layout."""
     revision: str
@@ -89,17 +89,11 @@ def open_base(model: str, revision: str | None = None) -> BaseInfo:
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json", model)
     tokenizer = read_json(folder / "tokenizer" / "tokenizer_config.json", model)
     unet, vae, text = configs["unet"], configs["vae"], configs["text_encoder"]
-    prediction_type = scheduler.get("prediction_type", "epsilon")
-    if prediction_type not in _PREDICTION_TYPES:
-        raise UserError(
-            f"the base {model} predicts {prediction_type!r}",
-            f"scheduler/scheduler_config.json: prediction_type: {prediction_type!r}",
-            f"use a base that predicts one of {', '.join(_PREDICTION_TYPES)}",
-        )
+    prediction_type = NoiseSchedule.from_config(scheduler).prediction_type
     vae_factor = 2 ** (len(vae["block_out_channels"]) - 1)
     limit = int(text["max_position_embeddings"])
     return BaseInfo(
-        model=model,
+        model=str(folder) if Path(model).expanduser().resolve() == folder else model,
         path=folder,
         revision=revision,
         prediction_type=prediction_type,

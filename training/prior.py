@@ -14,7 +14,7 @@ from training.draw import DRAW_WIDTH
 from training.pipeline import BaseInfo
 from training.prompt import render_prompt
 from training.recipe import Data, Prior
-from training.stream import ImageSet, Pool, draw_pngs
+from training.stream import ImageSet, Pool, Shard, draw_pngs
 
 SHARD = 32  # images a Parquet shard holds: what is lost at most when drawing is interrupted
 SEED_SCHEME = "sha256(seed:index)[:6]"
@@ -63,16 +63,25 @@ def prior_count(storage: Storage, key: str) -> int:
 
 def prior_images(storage: Storage, key: str, limit: int) -> ImageSet:
     """The shards that hold the first `limit` images of a stored set."""
-    shards = storage.read_json(f"{prior_path(key)}/{MANIFEST}")["shards"]
-    used = {s["name"]: (f"{prior_path(key)}/{s['name']}", s["sha256"]) for s in shards if s["first"] < limit}
+    path = prior_path(key)
+    used = {
+        entry["name"]: Shard(f"{path}/{entry['name']}", entry["sha256"], entry["count"])
+        for entry in _entries(storage, key, limit)
+    }
     return ImageSet(key, used, Data())
 
 
 def prior_pngs(storage: Storage, key: str, limit: int) -> Iterator[bytes]:
     """The first `limit` images of a stored set as PNG bytes, checked against the manifest."""
-    for name, (path, digest) in prior_images(storage, key, limit).shards.items():
-        first = int(name.split("-")[1].split(".")[0])
-        yield from storage.read_rows(path, digest)["png"][: limit - first]
+    for entry in _entries(storage, key, limit):
+        rows = storage.read_rows(f"{prior_path(key)}/{entry['name']}", entry["sha256"])
+        yield from rows["png"][: limit - entry["first"]]
+
+
+def _entries(storage: Storage, key: str, limit: int) -> list[dict[str, Any]]:
+    """The manifest's entries of the shards that hold the first `limit` images."""
+    shards = storage.read_json(f"{prior_path(key)}/{MANIFEST}")["shards"]
+    return [entry for entry in shards if entry["first"] < limit]
 
 
 def draw_prior(
@@ -82,6 +91,7 @@ def draw_prior(
     class_noun: str,
     pool: Pool,
     on_image: Callable[[], None] = lambda: None,
+    on_wait: Callable[[], None] = lambda: None,
 ) -> int:
     """Draw what is missing of a prior set; two callers that need the same set draw it once.
 
@@ -92,16 +102,17 @@ def draw_prior(
         class_noun: The class.
         pool: Actors to draw with.
         on_image: Called after every image.
+        on_wait: Called when another process is drawing this set, before waiting for it.
 
     Returns:
         The number of images drawn, 0 when all were there.
     """
-    device = "cuda" if pool.gpus else "cpu"
-    spec, key = prior_spec(base, prior, class_noun, device), prior_key(base, prior, class_noun, device)
+    spec = prior_spec(base, prior, class_noun, pool.device)
+    key = prior_key(base, prior, class_noun, pool.device)
     path, drawn = prior_path(key), 0
     if prior_count(storage, key) >= prior.num_images:
         return 0
-    with storage.lock(f"locks/prior-{key}"):
+    with storage.lock(f"locks/prior-{key}", on_wait):
         have = prior_count(storage, key)
         manifest = storage.manifest(path) or {
             "kind": "raybooth-prior",
@@ -124,7 +135,7 @@ def draw_prior(
             for index in range(have, prior.num_images)
         ]
         shard: list[dict[str, Any]] = []
-        for row in draw_pngs(base, wanted, pool, DRAW_WIDTH[device]):
+        for row in draw_pngs(base, wanted, pool, DRAW_WIDTH[pool.device]):
             shard.append(row)
             drawn += 1
             on_image()
@@ -140,7 +151,8 @@ def _write_shard(
 ) -> None:
     """Add `rows` as a shard and replace the manifest, which goes last."""
     indices = [int(row["index"]) for row in rows]
-    name = f"images-{indices[0]:06d}.parquet"
+    # its last index too: where there are no locks, another writer may cut its shards elsewhere
+    name = f"images-{indices[0]:06d}-{indices[-1]:06d}.parquet"
     digest = storage.write_rows(
         f"{path}/{name}",
         {

@@ -6,9 +6,9 @@ diffusers' recommendations, and for `pocket` our own runs).
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 Method = Literal["lora", "full"]
 SamplerName = Literal["ddim", "dpm++2m"]
@@ -154,6 +154,8 @@ class Engine(_Section):
     """Compute type; masters are fp32 always. `auto` is bf16 on a GPU that has it, fp32 on a CPU."""
     gradient_checkpointing: bool = False
     """Trade compute for memory: recompute activations in the backward pass."""
+    offload: Literal[False] = False
+    """Optimizer state in the memory of the CPU; not to be had yet."""
 
 
 class Checkpoint(_Section):
@@ -185,6 +187,8 @@ class Track(_Section):
     """MLflow experiment."""
     tensorboard: bool = False
     """Also write TensorBoard event files beside the run."""
+    wandb: Literal[False] = False
+    """Weights & Biases; not to be had yet."""
 
 
 class Validate(_Section):
@@ -212,6 +216,16 @@ class Recipe(_Section):
     cluster: Cluster = Cluster()
     track: Track = Track()
     validate_: Validate = Field(default=Validate(), alias="validate")
+
+    @model_validator(mode="after")
+    def _has_a_pair_for_every_micro_batch(self) -> Self:
+        pairs = -(-self.train.pairs_per_step // self.cluster.workers)
+        if self.train.accumulation > pairs:
+            raise ValueError(
+                f"train.accumulation is {self.train.accumulation}, but a worker has {pairs} of the "
+                f"{self.train.pairs_per_step} pairs of a step; lower it or raise train.pairs_per_step"
+            )
+        return self
 
     model_config = ConfigDict(
         extra="forbid",
@@ -246,10 +260,10 @@ DEFAULTS: Mapping[tuple[str, Method], Mapping[str, Any]] = {
     ("pocket", "full"): {
         "prior": {"num_images": 32, "steps": 25, "guidance": 4.0},
         "train": {
-            "steps": 300,
-            "lr": 1e-4,
-            "pairs_per_step": 2,
-            "text_encoder": {"train": True, "lr": 1e-4},
+            "steps": 200,
+            "lr": 2e-4,
+            "pairs_per_step": 4,
+            "text_encoder": {"train": True, "lr": 2e-4},
         },
         "checkpoint": {"every": 100},
         "validate": {"guidance": 4.0},

@@ -45,8 +45,8 @@ class EncodeWorker:
     Encodes one image at a time, so that a latent's bits do not depend on what was encoded with it.
     """
 
-    def __init__(self, model: str, revision: str | None) -> None:
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+    def __init__(self, model: str, revision: str | None, device: str) -> None:
+        self.device = device
         self.vae = load_vae(open_base(model, revision)).to(self.device)
 
     @torch.inference_mode()
@@ -66,14 +66,20 @@ class DrawWorker:
     """A `Drawer` of the pristine base, or of one published artifact."""
 
     def __init__(
-        self, model: str, revision: str | None, storage_uri: str = "", name: str = "", version: str = ""
+        self,
+        model: str,
+        revision: str | None,
+        device: str,
+        storage_uri: str = "",
+        name: str = "",
+        version: str = "",
     ) -> None:
         base = open_base(model, revision)
         if name:
             with open_artifact(Storage(storage_uri), name, version) as artifact:
-                self.drawer = Drawer(base, artifact.folder, artifact.manifest)
+                self.drawer = Drawer(base, artifact.folder, artifact.manifest, device=device)
         else:
-            self.drawer = Drawer(base)
+            self.drawer = Drawer(base, device=device)
 
     def __call__(self, batch: Batch) -> Batch:
         """Rows of `index` and the fields of a `DrawRequest` to rows of `index` and `png` (bytes)."""

@@ -38,8 +38,8 @@ class NoiseSchedule:
         prediction_type = scheduler.get("prediction_type", "epsilon")
         if prediction_type not in ("epsilon", "v_prediction"):
             raise UserError(
-                "the base's scheduler is of an unknown kind",
-                f"prediction_type: {prediction_type!r}",
+                f"the base predicts {prediction_type!r}",
+                f"its scheduler's prediction_type is {prediction_type!r}",
                 "use a base that predicts epsilon or v_prediction",
             )
         betas = _betas(scheduler)

@@ -12,10 +12,13 @@ from math import ceil
 from typing import Any
 
 import numpy as np
-import ray
 import ray.data
 from ray.data import ActorPoolStrategy, DataContext
+from ray.data.exceptions import SystemException
+from ray.exceptions import RayError
 
+from cluster.errors import RayboothError, SystemFailure
+from cluster.mailbox import put
 from cluster.storage import MANIFEST, Storage, sha256
 from training.pipeline import BaseInfo
 from training.recipe import Data
@@ -33,28 +36,71 @@ class Pool:
     cpus: float = 1.0
     gpus: float = 0.0
 
+    @property
+    def device(self) -> str:
+        """What its actors compute on: `cuda` or `cpu`."""
+        return "cuda" if self.gpus else "cpu"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One Parquet file of PNGs."""
+
+    path: str
+    """Under the root."""
+    sha256: str
+    images: int
+    """Training images that it gives, every variant of its pictures counted."""
+
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images to encode: `shards` maps a shard's name to its path under the root and its sha256."""
+    """Images to encode, in shards by name."""
 
     key: str
-    shards: Mapping[str, tuple[str, str]]
+    shards: Mapping[str, Shard]
     data: Data
 
 
 @contextmanager
-def _ordered() -> Iterator[None]:
-    """Ray Data in order and without its own progress bars: people look at ours."""
+def _streaming() -> Iterator[None]:
+    """Ray Data in order, without its own progress bars and logs, and with our errors instead of Ray's.
+
+    Raises:
+        RayboothError: What a worker raised.
+        SystemFailure: A worker failed otherwise.
+    """
     context = DataContext.get_current()
     before = (context.execution_options.preserve_order, context.enable_progress_bars)
     context.execution_options.preserve_order, context.enable_progress_bars = True, False
     context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    context.raise_original_map_exception = True  # Ray's wrapper loses its cause on the way here
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # an error is raised, and need not be logged too
     try:
         yield
+    except (RayError, SystemException) as error:
+        cause = _cause(error)
+        if isinstance(cause, RayboothError):
+            raise cause from None
+        lines = [line.strip() for line in str(cause).splitlines() if line.strip()] or [""]
+        # below the message of an error that it carries Ray writes advice; an error of its own ends with the cause
+        seen = lines[-1] if cause is error else f"{type(cause).__name__}: {lines[0]}"
+        raise SystemFailure(
+            "a worker of the stream failed", seen, "run the same command again: what is done stays done"
+        ) from error
     finally:
         context.execution_options.preserve_order, context.enable_progress_bars = before
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The worker's error that Ray's `error` carries, or `error`; Ray keeps it in `cause`, Python in `__cause__`."""
+    chain = [error]
+    for link in chain:  # grows as it is walked
+        if not isinstance(link, (RayError, SystemException)):
+            return link
+        causes = (getattr(link, "cause", None), link.__cause__)
+        chain += [cause for cause in causes if isinstance(cause, BaseException) and cause not in chain]
+    return error
 
 
 def map_resident(
@@ -71,10 +117,14 @@ def map_resident(
 
     Yields:
         Result rows, in the order of `rows`, as soon as they are there.
+
+    Raises:
+        RayboothError: What a worker raised.
+        SystemFailure: A worker failed otherwise.
     """
     if not rows:
         return
-    with _ordered():
+    with _streaming():
         dataset = ray.data.from_items(list(rows), override_num_blocks=ceil(len(rows) / batch_size))
         yield from _map_actors(dataset, worker, arguments, pool, batch_size).iter_rows()
 
@@ -106,10 +156,14 @@ def draw_pngs(
         width: The drawer's width: images per forward.
         artifact: Storage URI, subject and version to draw with; `None` is the pristine base.
     """
-    arguments: dict[str, Any] = {"model": base.model, "revision": base.revision}
+    arguments = _worker_arguments(base, pool)
     if artifact:
         arguments |= dict(zip(("storage_uri", "name", "version"), artifact, strict=True))
     return map_resident(requests, DrawWorker, arguments, pool, width)
+
+
+def _worker_arguments(base: BaseInfo, pool: Pool) -> dict[str, Any]:
+    return {"model": base.model, "revision": base.revision, "device": pool.device}
 
 
 def latent_path(base: BaseInfo, images: ImageSet) -> str:
@@ -119,9 +173,15 @@ def latent_path(base: BaseInfo, images: ImageSet) -> str:
 
 
 def missing_shards(storage: Storage, base: BaseInfo, images: ImageSet) -> list[str]:
-    """Names of the shards of a set that were not encoded yet, in order."""
+    """Names of the shards of a set that were not encoded yet, or that hold other bytes since, in order."""
     manifest = storage.manifest(latent_path(base, images)) or {"shards": {}}
-    return [name for name in sorted(images.shards) if name not in manifest["shards"]]
+    sources = {name: entry.get("source") for name, entry in manifest["shards"].items()}
+    return [name for name, shard in sorted(images.shards.items()) if sources.get(name) != shard.sha256]
+
+
+def missing_images(storage: Storage, base: BaseInfo, images: ImageSet) -> int:
+    """How many images of a set `encode` would encode."""
+    return sum(images.shards[name].images for name in missing_shards(storage, base, images))
 
 
 def encode(
@@ -139,13 +199,17 @@ def encode(
         sets: Photos and class images of any number of subjects.
         pool: Number and size of the encoding actors.
         on_image: Called after every image.
+
+    Raises:
+        RayboothError: What a worker raised, such as a damaged shard.
+        SystemFailure: A worker failed otherwise.
     """
     shards = [
         {
             "set": number,
             "shard": name,
-            "path": images.shards[name][0],
-            "sha256": images.shards[name][1],
+            "path": images.shards[name].path,
+            "sha256": images.shards[name].sha256,
             "image_size": base.image_size,
             "data": images.data.model_dump_json(),
         }
@@ -154,11 +218,11 @@ def encode(
     ]
     if not shards:
         return
-    with _ordered():
+    with _streaming():
         pixels = ray.data.from_items(shards, override_num_blocks=len(shards)).flat_map(
             ReadImages(storage.uri), num_cpus=1
         )
-        arguments = {"model": base.model, "revision": base.revision}
+        arguments = _worker_arguments(base, pool)
         done: dict[tuple[int, str], list[Row]] = {}
         current: tuple[int, str] | None = None
         for row in _map_actors(pixels, EncodeWorker, arguments, pool, batch_size=8).iter_rows():
@@ -191,7 +255,12 @@ def _write_shard(storage: Storage, base: BaseInfo, images: ImageSet, name: str, 
             "data": images.data.model_dump(),
             "shards": {},
         }
-        manifest["shards"][name] = {"sha256": digest, "count": len(rows), "shape": list(shape)}
+        manifest["shards"][name] = {
+            "sha256": digest,
+            "source": images.shards[name].sha256,
+            "count": len(rows),
+            "shape": list(shape),
+        }
         storage.write_json(f"{path}/{MANIFEST}", manifest)
 
 
@@ -219,6 +288,6 @@ def latent_refs(storage: Storage, base: BaseInfo, images: ImageSet, limit: int |
             key: np.frombuffer(b"".join(rows[key][:left]), dtype="<f4").reshape(shape)
             for key in ("mean", "std")
         }
-        refs.append(ray.put(arrays))
+        refs.append(put(arrays))
         left = None if left is None else left - len(arrays["mean"])
     return refs

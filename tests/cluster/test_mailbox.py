@@ -1,8 +1,10 @@
 """Leases one way, events the other."""
 
 import asyncio
+from typing import Any
 
-from cluster.mailbox import GIVE_UP_AFTER, Mailbox
+from cluster.errors import SystemFailure, UserError, failure_of
+from cluster.mailbox import GIVE_UP_AFTER, Mailbox, failure
 
 
 def run(body: object) -> None:
@@ -68,18 +70,59 @@ def test_a_gang_that_restarts_takes_the_lease_it_had() -> None:
     run(body())
 
 
-def test_a_lease_that_kills_its_gang_again_and_again_is_failed_unless_it_makes_steps() -> None:
+async def live_and_die(box: Mailbox, steps: int, *last_words: str) -> int:
+    """One life of a gang on lease 0 from its last checkpoint, step 0; returns the lease it was given."""
+    here = await box.resume()
+    if here == 0:
+        await box.report(0, 0, "steps", [{"step": step} for step in range(1, steps + 1)])
+        for rank, text in enumerate(last_words):
+            await box.report(0, rank, "note", {"text": text, "died": True})
+    return here
+
+
+async def failed(box: Mailbox) -> list[tuple[int, Any]]:
+    return [(e.lease, e.payload) for e in await box.drain() if e.kind == "failed"]
+
+
+def test_a_lease_that_gets_further_each_time_is_never_given_up() -> None:
+    async def body() -> None:
+        box = Mailbox()
+        await box.post("rex")
+        assert {await live_and_die(box, steps) for steps in range(1, 3 * GIVE_UP_AFTER)} == {0}
+        assert await failed(box) == []
+
+    run(body())
+
+
+def test_a_lease_that_dies_at_the_same_step_again_and_again_is_given_up_with_what_it_died_of() -> None:
     async def body() -> None:
         box = Mailbox()
         for name in ("rex", "tom"):
             await box.post(name)
-        for _ in range(2 * GIVE_UP_AFTER):  # it dies, but gets further each time
-            assert await box.resume() == 0
-            await box.report(0, 0, "steps", [{"step": 1}])
-        await box.drain()
-        assert [await box.resume() for _ in range(GIVE_UP_AFTER)] == [0] * (GIVE_UP_AFTER - 1) + [1]
-        failed = await box.drain()
-        assert [(e.lease, e.kind) for e in failed] == [(0, "failed")]
-        assert {"what", "seen", "do"} <= set(failed[0].payload)
+        lives = [await live_and_die(box, 5, "worker 0: OSError: disk full", "worker 1: lost worker 0")]
+        while lives[-1] == 0:
+            lives.append(await live_and_die(box, 5))  # no worker could tell: the last words stay
+        assert lives == [0] * GIVE_UP_AFTER + [1]
+        [(lease, payload)] = await failed(box)
+        assert lease == 0
+        assert "step 5" in payload["seen"] and "OSError: disk full" in payload["seen"]
+        assert isinstance(failure_of(payload), SystemFailure)
 
     run(body())
+
+
+def test_an_idle_gang_that_dies_costs_the_next_lease_nothing() -> None:
+    async def body() -> None:
+        box = Mailbox()
+        assert [await box.resume() for _ in range(2 * GIVE_UP_AFTER)] == [0] * (2 * GIVE_UP_AFTER)
+        await box.post("rex")
+        assert await box.resume() == 0
+        assert await failed(box) == []
+
+    run(body())
+
+
+def test_a_failure_arrives_as_the_error_it_was() -> None:
+    for error in (UserError("it diverged", "lr 9", "lower it"), SystemFailure("a disk is full")):
+        arrived = failure_of(failure(error))
+        assert (type(arrived), str(arrived)) == (type(error), str(error))

@@ -1,13 +1,23 @@
 """A private Ray, and what is refused."""
 
 import os
+import tempfile
+from pathlib import Path
 
 import pytest
 import ray
 
-from cluster.errors import UserError
-from cluster.mailbox import connect, create, fetch
-from cluster.session import cpu_count, gpu_count, node_count, session
+from cluster.errors import SystemFailure, UserError
+from cluster.mailbox import connect, create, fetch, put
+from cluster.session import (
+    check_fits,
+    cpu_count,
+    gpu_count,
+    node_count,
+    resolve_address,
+    sees_gpu,
+    session,
+)
 from cluster.storage import Storage
 
 
@@ -18,7 +28,7 @@ def test_a_private_ray_has_the_cpus_that_were_asked_for_and_carries_letters(stor
         seen = ray.get(ray.remote(lambda: dict(os.environ)).remote())
         assert seen["TOKENIZERS_PARALLELISM"] == "false" and seen["OMP_NUM_THREADS"] == "1"
         box = create("campaign-1")
-        assert box.post({"latents": [ray.put("latent rows")]}) == 0
+        assert box.post({"latents": [put("latent rows")]}) == 0
         gang = connect("campaign-1")
         lease = gang.take(gang.resume())
         assert lease is not None and fetch(lease["latents"]) == ["latent rows"]
@@ -29,9 +39,48 @@ def test_a_private_ray_has_the_cpus_that_were_asked_for_and_carries_letters(stor
         box.stop()
         assert gang.take(1) is None
         box.close()
+        check_fits(5, 1, 0.0, fixed=True)
+        with pytest.raises(UserError, match=r"needs 6 CPUs.*has 5.*cluster\.cpus_per_worker"):
+            check_fits(2, 3, 0.0, fixed=True)
+        gpus = gpu_count()
+        with pytest.raises(UserError, match=rf"needs {gpus + 1} GPUs.*cluster\.gpus_per_worker"):
+            check_fits(gpus + 1, 1, 1.0, fixed=True)
+        check_fits(gpus + 1, 1, 1.0, fixed=False)  # it may grow
     assert not ray.is_initialized()
 
 
 def test_a_cluster_that_is_not_there_is_a_clear_mistake(storage: Storage) -> None:
     with pytest.raises(UserError, match="cannot be joined"), session("127.0.0.1:1", 1, storage):
         pass
+
+
+def test_the_cluster_to_join_is_the_argument_then_the_environment_and_local_is_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert [resolve_address(given) for given in (None, "", "local", "head:6379")] == [
+        *[None] * 3,
+        "head:6379",
+    ]
+    monkeypatch.setenv("RAY_ADDRESS", "ray://other:10001")
+    assert [resolve_address(given) for given in (None, "local", "h:1")] == ["ray://other:10001", None, "h:1"]
+
+
+def test_a_gpu_that_is_hidden_is_not_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert not sees_gpu()
+
+
+@pytest.mark.slow
+def test_a_private_ray_leaves_its_folder_only_after_a_failure_and_then_says_where(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with tempfile.TemporaryDirectory(dir="/tmp") as parent:
+        monkeypatch.setattr(tempfile, "tempdir", parent)
+        with pytest.raises(KeyboardInterrupt), session("local", 1, storage):
+            raise KeyboardInterrupt
+        assert list(Path(parent).glob("rb-*")) == []
+        with pytest.raises(SystemFailure) as caught, session("local", 1, storage):
+            raise SystemFailure("a disk is full", "", "make room")
+        [kept] = Path(parent).glob("rb-*")
+        assert caught.value.do == f"make room; Ray's logs are in {kept}"

@@ -177,6 +177,20 @@ def test_a_folder_without_a_manifest_counts_as_not_there(storage: Storage) -> No
     assert caught.value.what == f"{storage.full('a/v1')} is missing or was not finished"
 
 
+def test_a_file_missing_on_a_remote_root_is_refused_as_on_a_local_one(storage: Storage, folder: Path) -> None:
+    storage.publish(folder, "a/v1", {})
+    storage.is_local = (
+        False  # from here on the root is read as an object store is: file by file, through pyarrow
+    )
+    with storage.verified("a/v1") as found:
+        assert (found / "inner" / "b.bin").read_bytes() == b"beta"
+        assert found != Path(storage.full("a/v1"))
+    storage.remove("a/v1/a.bin")
+    with pytest.raises(SystemFailure) as caught, storage.verified("a/v1"):
+        pass
+    assert caught.value.what == f"{storage.full('a/v1')}/a.bin is damaged or missing"
+
+
 # -- locks -------------------------------------------------------------------------------------------------
 
 
@@ -192,6 +206,7 @@ def test_a_lock_is_held_against_other_processes_and_ends_with_its_holder(storage
         with pytest.raises(UserError) as caught, storage.lock_or_refuse("locks/x", refusal):
             pass
         assert caught.value is refusal
-        other.kill()
-    with storage.lock_or_refuse("locks/x", refusal):
+        with storage.lock("locks/x", on_wait=other.kill):  # told that it waits, it ends the holder
+            assert other.wait() != 0
+    with storage.lock("locks/x", on_wait=pytest.fail), storage.lock_or_refuse("locks/y", refusal):
         pass

@@ -94,6 +94,27 @@ def test_an_unknown_subject_is_the_users_mistake(tmp_path: Path) -> None:
     assert "nobody" in json.loads(failed.stdout.splitlines()[-1])["error"]["what"]
 
 
+def test_plan_says_what_train_would_do_and_starts_nothing(tmp_path: Path) -> None:
+    from pocket.subject import SUBJECT_CLASS, write_photos
+
+    write_photos(tmp_path / "photos")
+    root = tmp_path / "root"
+    planned = run(
+        "plan", str(tmp_path / "photos"), "--class", SUBJECT_CLASS, "--json", "--storage", str(root)
+    )
+    assert planned.returncode == 0, planned.stderr
+    answer = json.loads(planned.stdout.splitlines()[-1])
+    assert (answer["subject"], answer["version"], answer["state"], answer["photos"]) == (
+        "photos",
+        "v1",
+        "new",
+        5,
+    )
+    assert answer["prior"]["missing"] == answer["prior"]["wanted"] == 32
+    assert answer["artifact_bytes"] > 0
+    assert list(root.iterdir()) == []
+
+
 def test_schema_is_json_with_a_description_for_every_setting() -> None:
     schema = json.loads(run("schema").stdout)
     settings = [

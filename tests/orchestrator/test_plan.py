@@ -94,7 +94,7 @@ def test_an_unfinished_run_goes_on_from_its_last_whole_checkpoint(
     storage: Storage, run_of: Callable[..., Run]
 ) -> None:
     fingerprint = plan_run(run_of(), storage).fingerprint
-    storage.write_json("runs/rex/v1/run.json", {"fingerprint": fingerprint})
+    storage.write_json("runs/rex/v1/run.json", {"fingerprint": fingerprint, "state": "training"})
     for step in (10, 20):
         storage.write_json(f"runs/rex/v1/checkpoints/step_{step:06d}/manifest.json", {"files": {}})
     storage.write("runs/rex/v1/checkpoints/step_000030/state.safetensors", b"half")

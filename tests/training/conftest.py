@@ -81,10 +81,16 @@ def make_batches() -> Callable[..., Batches]:
         run = lease.recipe
         plan = DataPlan(run.train.seed, 3, 5, run.train.pairs_per_step, 1000, run.prior.weight)
         tables = [LatentTable(**latents(seed, rows)) for seed, rows in ((1, 3), (2, 5))]
-        per_step = min(run.train.accumulation, plan.pairs_per_rank(world))
         ids = torch.tensor(lease.prompts)
         return Batches(
-            plan, tables, ids, base.info.scaling_factor, rank, world, per_step, torch.device("cpu")
+            plan,
+            tables,
+            ids,
+            base.info.scaling_factor,
+            rank,
+            world,
+            run.train.accumulation,
+            torch.device("cpu"),
         )
 
     return make

@@ -9,7 +9,7 @@ import torch
 
 from training.batches import Batches
 from training.checkpoint import State, latest, save
-from training.engine import TrainingEngine, learning_rate, zero_stage
+from training.engine import TrainingEngine, compute_type, learning_rate, zero_stage
 from training.lease import Lease
 from training.loop import ResidentBase, build_module
 from training.recipe import Engine, Train
@@ -165,3 +165,9 @@ def test_auto_shards_only_where_that_saves_something() -> None:
     full, lora = Train(method="full"), Train(method="lora")
     assert [zero_stage(Engine(), t, w) for t, w in ((full, 1), (lora, 2), (full, 2))] == [0, 0, 2]
     assert zero_stage(Engine(zero_stage=3), lora, 1) == 3
+
+
+def test_auto_precision_on_a_cpu_is_fp32_whatever_gpu_the_machine_has() -> None:
+    cpu = torch.device("cpu")
+    assert compute_type(Engine(), cpu) is None
+    assert compute_type(Engine(precision="bf16"), cpu) is torch.bfloat16

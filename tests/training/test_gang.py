@@ -1,19 +1,23 @@
 """Real gangs on a tiny base: Ray Train, the mailbox, DeepSpeed, published artifacts."""
 
+import os
+import signal
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 from uuid import uuid4
 
 import numpy as np
 import pytest
-import ray
 
-from cluster.mailbox import Event, create
+from cluster.errors import UserError
+from cluster.mailbox import Event, create, put
 from cluster.session import session
 from cluster.storage import Storage
 from training.artifact import open_artifact
-from training.gang import GangShape, run_gang
+from training.batches import Batches
+from training.gang import GangShape, _last_words, run_gang
 from training.lease import Lease
 from training.loop import ResidentBase
 
@@ -38,7 +42,7 @@ def with_latents(make_lease: Callable[..., Lease], resident: ResidentBase) -> Ca
 
     def block(seed: int, rows: int) -> Any:
         mean = np.random.default_rng(seed).standard_normal((rows, 4, 8, 8), dtype=np.float32)
-        return ray.put({"mean": mean, "std": np.full_like(mean, 0.1)})
+        return put({"mean": mean, "std": np.full_like(mean, 0.1)})
 
     def make(name: str, **sections: Any) -> Lease:
         lease = make_lease(resident, name=name, **sections)
@@ -100,3 +104,66 @@ def test_a_gang_trains_lease_after_lease_and_two_workers_give_the_losses_of_one(
     for name in ("rex2", "ada2"):
         with open_artifact(storage, name, "v1") as artifact:
             assert artifact.folder.is_dir()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_session")
+def test_more_micro_batches_than_a_worker_has_pairs_are_refused(
+    with_latents: Callable[..., Lease], resident: ResidentBase
+) -> None:
+    lease = with_latents("rex", train={**FULL, "pairs_per_step": 4, "accumulation": 3})
+    assert Batches.of(lease, resident.info, resident.device, rank=0, world=1).per_step == 3
+    with pytest.raises(UserError, match=r"train\.accumulation to 2 or less"):
+        Batches.of(lease, resident.info, resident.device, rank=0, world=2)
+
+
+class Ear:
+    """A mailbox that only listens."""
+
+    def __init__(self) -> None:
+        self.heard: list[tuple[Any, ...]] = []
+
+    def report(self, *event: Any) -> None:
+        self.heard.append(event)
+
+
+def test_every_worker_tells_what_it_dies_of() -> None:
+    ear = Ear()
+    with pytest.raises(OSError), _last_words(ear, 3, rank=1):  # type: ignore[arg-type]
+        raise OSError(28, "No space left on device\nand more")
+    text = "worker 1: OSError: [Errno 28] No space left on device"
+    assert ear.heard == [(3, 1, "note", {"text": text, "died": True})]
+
+
+def weights(storage: Storage, name: str) -> dict[str, str]:
+    """The sha256 of every file of an artifact."""
+    with open_artifact(storage, name, "v1") as artifact:
+        return {file: entry["sha256"] for file, entry in artifact.manifest["files"].items()}
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_session")
+def test_a_worker_that_is_killed_goes_on_from_its_checkpoint_to_the_same_weights(
+    with_latents: Callable[..., Lease], storage: Storage
+) -> None:
+    sections: dict[str, Any] = {"train": {**FULL, "steps": 60}, "checkpoint": {"every": 20}}
+    box = create(name := f"test-{uuid4().hex[:8]}")
+    for subject in ("calm", "hurt"):
+        box.post(with_latents(subject, **sections))
+    box.stop()
+    events: list[Event] = []
+    with ThreadPoolExecutor(1) as pool:
+        gang = pool.submit(run_gang, name, GangShape(workers=1))
+        while not gang.done():
+            for event in box.drain(wait_s=0.2):
+                events.append(event)
+                if event.kind == "started":
+                    worker = event.payload["pid"]
+                elif (event.lease, event.kind, event.payload.get("step")) == (1, "checkpoint", 20):
+                    os.kill(worker, signal.SIGKILL)
+        gang.result()
+    events += box.drain()
+    box.close()
+    assert [e.payload["from_step"] for e in events if e.kind == "started"] == [0, 0, 20]
+    assert [e.lease for e in events if e.kind == "published"] == [0, 1]
+    assert weights(storage, "hurt") == weights(storage, "calm")

@@ -156,7 +156,7 @@ def test_no_images_is_refused_and_says_what_is_there(tmp_path: Path) -> None:
     (tmp_path / "clip.mov").write_bytes(b"moving")
     error = refusal(tmp_path)
     assert error.what == f"no photos in {tmp_path}"
-    assert error.seen == "skipped clip.mov: not a .jpg, .jpeg, .png, .webp file"
+    assert error.seen == "skipped clip.mov: a hidden file, a folder, or not .jpg, .jpeg, .png, .webp"
     assert error.do.startswith("give a folder with 3 to 5 photos")
     (tmp_path / "empty").mkdir()
     assert refusal(tmp_path / "empty").seen == "nothing is there"
