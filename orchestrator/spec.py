@@ -48,6 +48,7 @@ def parse_run(raw: Mapping[str, Any]) -> Run:
             "remove train.lora, or set train.method: lora",
         )
     _check_prompts(run)
+    _check_accumulation(run)
     return run
 
 
@@ -138,6 +139,18 @@ def _check_prompts(run: Run) -> None:
         )
 
 
+def _check_accumulation(run: Run) -> None:
+    """Every micro-batch gets a pair."""
+    train, workers = run.train, run.cluster.workers
+    pairs = -(-train.pairs_per_step // workers)
+    if train.accumulation > pairs:
+        raise UserError(
+            f"train.accumulation is {train.accumulation}, more than the pairs of a worker",
+            f"train.pairs_per_step is {train.pairs_per_step} over {workers} workers: {pairs} each",
+            "lower it or raise train.pairs_per_step",
+        )
+
+
 # -- pydantic's errors, for people -------------------------------------------------------------------------
 
 
@@ -152,6 +165,8 @@ def _explain(error: ValidationError) -> UserError:
             mistake = (f"{path} is not a setting", f"it was given {detail['input']!r}", _suggestion(path))
         elif detail["type"] == "missing":
             mistake = (f"{path} is missing", "", f"give it in the YAML or with --set {path}=...")
+        elif detail["type"] == "value_error":
+            mistake = (what, seen, detail["msg"].removeprefix("Value error, "))
         elif detail["type"] == "model_type":
             mistake = (what, seen, "it is a section with settings in it")
         elif path in mistakes:

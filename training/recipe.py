@@ -6,9 +6,9 @@ diffusers' recommendations, and for `pocket` our own runs).
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
 Method = Literal["lora", "full"]
 SamplerName = Literal["ddim", "dpm++2m"]
@@ -216,16 +216,6 @@ class Recipe(_Section):
     cluster: Cluster = Cluster()
     track: Track = Track()
     validate_: Validate = Field(default=Validate(), alias="validate")
-
-    @model_validator(mode="after")
-    def _has_a_pair_for_every_micro_batch(self) -> Self:
-        pairs = -(-self.train.pairs_per_step // self.cluster.workers)
-        if self.train.accumulation > pairs:
-            raise ValueError(
-                f"train.accumulation is {self.train.accumulation}, but a worker has {pairs} of the "
-                f"{self.train.pairs_per_step} pairs of a step; lower it or raise train.pairs_per_step"
-            )
-        return self
 
     model_config = ConfigDict(
         extra="forbid",

@@ -88,7 +88,8 @@ def test_a_photo_that_cannot_be_used_refuses_the_subject(
         ('validate.prompts=["a photo of {thing}"]', "{thing}"),
         (f"prior.negative_prompt={'dog ' * 40}", "too long"),
         ("base.revision=deadbeefdeadbeef", "deadbeefdeadbeef"),
-        ("subject.name=base", "base"),
+        ("train.accumulation=2", "train.pairs_per_step"),
+        ("subject.name=base", "the pristine base"),
         ("subject.name=../../etc", "subject.name"),
     ],
 )
