@@ -151,6 +151,14 @@ def _check_accumulation(run: Run) -> None:
         )
 
 
+# What people type for a setting that has no default.
+_FLAGS = {
+    "subject.images": "a folder of photos",
+    "subject.class": "--class NOUN, such as --class dog",
+    "subject.name": "--name NAME",
+}
+
+
 # -- pydantic's errors, for people -------------------------------------------------------------------------
 
 
@@ -164,7 +172,11 @@ def _explain(error: ValidationError) -> UserError:
         if detail["type"] == "extra_forbidden":
             mistake = (f"{path} is not a setting", f"it was given {detail['input']!r}", _suggestion(path))
         elif detail["type"] == "missing":
-            mistake = (f"{path} is missing", "", f"give it in the YAML or with --set {path}=...")
+            mistake = (
+                f"{path} is missing",
+                "",
+                f"give {_FLAGS.get(path, f'--set {path}=...')}, or put it in the YAML",
+            )
         elif detail["type"] == "value_error":
             mistake = (what, seen, detail["msg"].removeprefix("Value error, "))
         elif detail["type"] == "model_type":

@@ -158,7 +158,7 @@ def test_a_name_that_breaks_the_rule_is_told_the_rule() -> None:
 def test_what_is_missing_says_how_to_give_it() -> None:
     error = refusal(flags={"subject": {"name": "rex", "class": "dog"}})
     assert error.what == "subject.images is missing"
-    assert error.do == "give it in the YAML or with --set subject.images=..."
+    assert error.do == "give a folder of photos, or put it in the YAML"
     assert refusal(flags={}).what == "subject is missing"
 
 
