@@ -12,6 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_valida
 
 Method = Literal["lora", "full"]
 SamplerName = Literal["ddim", "dpm++2m"]
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # the ends of the names of a UNet's attention layers
 
 
 class _Section(BaseModel):
@@ -110,7 +111,7 @@ class Lora(_Section):
     """Rank of the two factors."""
     alpha: float = Field(default=8.0, gt=0)
     """Scale: the update is alpha / rank * B A."""
-    targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    targets: tuple[str, ...] = ATTENTION
     """UNet modules that get an adapter, by the end of their name."""
     text_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "out_proj")
     """Text encoder modules that get an adapter when it is trained."""
@@ -243,7 +244,13 @@ DEFAULTS: Mapping[tuple[str, Method], Mapping[str, Any]] = {
     },
     ("pocket", "lora"): {
         "prior": {"num_images": 32, "steps": 25, "guidance": 4.0},
-        "train": {"steps": 300, "lr": 1e-3, "pairs_per_step": 4, "lora": {"rank": 16, "alpha": 16.0}},
+        "train": {
+            "steps": 200,
+            "lr": 1.5e-3,
+            "pairs_per_step": 4,
+            # with the attention alone, 300 steps of so small a model do not hold a subject
+            "lora": {"rank": 32, "alpha": 32.0, "targets": [*ATTENTION, "ff.net.0.proj", "ff.net.2"]},
+        },
         "checkpoint": {"every": 100},
         "validate": {"guidance": 4.0},
     },
