@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers import CLIPTokenizer
 
 from pocket.diffusion import Denoiser, build_denoiser, build_scheduler
@@ -101,7 +101,7 @@ def sheet_prompts() -> list[str]:
 
 
 def draw_sheet(folder: Path, path: Path, seed: int = 0, steps: int = 25, guidance: float = 4.0) -> None:
-    """A contact sheet of every noun, drawn by the stock pipeline in `folder`, each half as large again."""
+    """A contact sheet of every noun, drawn by the stock pipeline in `folder`."""
     pipeline = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     prompts = sheet_prompts()
@@ -112,10 +112,9 @@ def draw_sheet(folder: Path, path: Path, seed: int = 0, steps: int = 25, guidanc
         pictures += pipeline(
             row, height=SIZE, width=SIZE, num_inference_steps=steps, guidance_scale=guidance, generator=noise
         ).images
-    edge = SIZE * 3 // 2
     rows = -(-len(pictures) // SHEET_COLUMNS)
-    sheet = Image.new("RGB", (SHEET_COLUMNS * edge, rows * edge), "white")
+    sheet = Image.new("RGB", (SHEET_COLUMNS * SIZE, rows * SIZE), "white")
     for number, picture in enumerate(pictures):
-        corner = (number % SHEET_COLUMNS * edge, number // SHEET_COLUMNS * edge)
-        sheet.paste(picture.resize((edge, edge), Image.Resampling.LANCZOS), corner)
-    sheet.quantize(256).save(path, optimize=True)  # a quarter of the bytes; the eye sees no difference
+        sheet.paste(picture, (number % SHEET_COLUMNS * SIZE, number // SHEET_COLUMNS * SIZE))
+    # Six bits per channel look the same and cost half the bytes.
+    ImageOps.posterize(sheet, 6).save(path, optimize=True)
