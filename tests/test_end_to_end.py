@@ -155,7 +155,13 @@ def test_a_second_subject_draws_no_prior_and_a_stopped_driver_loses_nothing(
 def start_until(command: list[str], path: Path) -> subprocess.Popen[str]:
     """Start a command and return as soon as `path` is there."""
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+        # a shell's background job ignores Ctrl-C, and so would its children
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     deadline = time.monotonic() + 200
     while not path.exists():
