@@ -50,8 +50,8 @@ def export_pipeline(vae: AutoencoderKL, checkpoint: Path, tokenizer: CLIPTokeniz
     pipeline.save_pretrained(partial, safe_serialization=True)
     write_tokenizer(partial / "tokenizer", caption_words())  # vocab.json and merges.txt beside tokenizer.json
     # transformers takes the type of the weights from here, diffusers loads as float32: they must agree
-    config = partial / "text_encoder" / "config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "dtype": "float32"}, indent=2) + "\n")
+    _edit(partial / "text_encoder" / "config.json", dtype="float32")
+    _edit(partial / "vae" / "config.json", _name_or_path=None)  # the folder it was trained in
     for path in partial.rglob("*.safetensors"):
         path.chmod(0o644)
     size = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
@@ -66,6 +66,13 @@ def export_pipeline(vae: AutoencoderKL, checkpoint: Path, tokenizer: CLIPTokeniz
         folder.replace(retired)
     partial.replace(folder)
     shutil.rmtree(retired, ignore_errors=True)
+
+
+def _edit(config: Path, **settings: str | None) -> None:
+    """Sets keys of a JSON file; `None` takes a key out."""
+    merged = {**json.loads(config.read_text()), **settings}
+    kept = {key: value for key, value in merged.items() if key not in settings or value is not None}
+    config.write_text(json.dumps(kept, indent=2) + "\n")
 
 
 def average_of(checkpoint: Path, tokenizer: CLIPTokenizer) -> Denoiser:
