@@ -13,12 +13,11 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor
 
-from pocket.replicas import Replicas
+from pocket.replicas import Machine, Replicas
 from pocket.sprites import Sprites
 from pocket.stage import Stage
 from pocket.world import SIZE, picture
 
-BATCH_SIZE = 8
 PEAK_LR = 1.5e-3
 KL_WEIGHT = 2e-4  # enough to keep latents near unit scale, too little to blur
 EDGE_WEIGHT = 4.0  # outlines are a few pixels among flat colour: weigh them up or they stay soft
@@ -45,36 +44,30 @@ def build_autoencoder() -> AutoencoderKL:
     )
 
 
-def train_autoencoder(sprites: Sprites, path: Path, budget_s: float, workers: int) -> None:
-    """Trains until the budget is spent, going on from the checkpoint at `path` where there is one."""
-    _train(
-        build_autoencoder(),
-        autoencoder_loss,
-        SEED,
-        sprites,
-        Stage("vae", path, budget_s, BATCH_SIZE),
-        workers,
-    )
+def train_autoencoder(sprites: Sprites, stage: Stage, machine: Machine) -> None:
+    """Trains until the budget is spent, going on from the stage's checkpoint where there is one."""
+    _train(build_autoencoder(), autoencoder_loss, SEED, sprites, stage, machine)
 
 
-def polish_decoder(sprites: Sprites, work: Path, budget_s: float, workers: int) -> None:
+def polish_decoder(sprites: Sprites, work: Path, stage: Stage, machine: Machine) -> None:
     """Trains the decoder alone, so that latents the UNet has learned from stay what they were."""
     model = settled_autoencoder(sprites, work)
     model.encoder.requires_grad_(False)
     model.quant_conv.requires_grad_(False)
-    stage = Stage("decoder", work / "decoder.pt", budget_s, BATCH_SIZE)
-    _train(model, decoder_loss, SEED + 1000, sprites, stage, workers)
+    _train(model, decoder_loss, SEED + 1000, sprites, stage, machine)
 
 
-def _train(model: AutoencoderKL, loss: Loss, seed: int, sprites: Sprites, stage: Stage, workers: int) -> None:
-    model = model.to(memory_format=torch.channels_last).train()
+def _train(
+    model: AutoencoderKL, loss: Loss, seed: int, sprites: Sprites, stage: Stage, machine: Machine
+) -> None:
+    model = model.to(machine.device, memory_format=torch.channels_last).train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, PEAK_LR, betas=(0.9, 0.99), weight_decay=1e-4, fused=True)
     if state := stage.restore():
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-    replicas = Replicas(model, workers)
-    share = BATCH_SIZE // workers
+    replicas = Replicas(model, machine.replicas)
+    share = stage.batch_size // machine.replicas
 
     for tick in stage.steps():
         if tick.save_due:
@@ -83,11 +76,11 @@ def _train(model: AutoencoderKL, loss: Loss, seed: int, sprites: Sprites, stage:
         for group in optimizer.param_groups:
             group["lr"] = stage.lr(PEAK_LR, decay_from=0.6)
 
-        def loss_of(replica: AutoencoderKL, rank: int, first: int = tick.step * BATCH_SIZE) -> Tensor:
+        def loss_of(replica: AutoencoderKL, rank: int, first: int = tick.first) -> Tensor:
             begin = first + rank * share
             pictures = [picture(sprites, seed, index)[0] for index in range(begin, begin + share)]
             noise = torch.Generator().manual_seed(begin)
-            return loss(replica, to_tensor(pictures), noise)
+            return loss(replica, to_tensor(pictures).to(machine.device), noise)
 
         tick.loss = replicas.gradients(loss_of)
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -137,7 +130,7 @@ def autoencoder_loss(model: AutoencoderKL, pixels: Tensor, noise: torch.Generato
     """
     mean, log_variance = model.quant_conv(model.encoder(pixels)).float().chunk(2, dim=1)
     log_variance = log_variance.clamp(-20, 10)
-    latents = mean + torch.randn(mean.shape, generator=noise) * (0.5 * log_variance).exp()
+    latents = mean + torch.randn(mean.shape, generator=noise).to(mean.device) * (0.5 * log_variance).exp()
     kl = 0.5 * (mean.square() + log_variance.exp() - 1.0 - log_variance).mean()
     loss: Tensor = _reconstruction_loss(model, latents, pixels) + KL_WEIGHT * kl
     return loss
@@ -148,7 +141,8 @@ def decoder_loss(model: AutoencoderKL, pixels: Tensor, noise: torch.Generator) -
     with torch.no_grad():
         mean = model.quant_conv(model.encoder(pixels)).float().chunk(2, dim=1)[0]
     blur = DRAWN_LATENT_ERROR / model.config.scaling_factor
-    return _reconstruction_loss(model, mean + blur * torch.randn(mean.shape, generator=noise), pixels)
+    drawn = mean + blur * torch.randn(mean.shape, generator=noise).to(mean.device)
+    return _reconstruction_loss(model, drawn, pixels)
 
 
 def _reconstruction_loss(model: AutoencoderKL, latents: Tensor, pixels: Tensor) -> Tensor:
@@ -167,7 +161,7 @@ def _outline_weight(pixels: Tensor) -> Tensor:
 
 def _gradient_error(decoded: Tensor, pixels: Tensor) -> Tensor:
     """Mean absolute difference of horizontal and vertical steps, at full and at half size."""
-    total = torch.zeros(())
+    total = torch.zeros((), device=decoded.device)
     for _ in range(2):
         for axis in (-2, -1):
             total = total + (decoded.diff(dim=axis) - pixels.diff(dim=axis)).abs().mean()

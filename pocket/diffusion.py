@@ -4,7 +4,6 @@ Shape letters: B batch, N pictures in the pool, L tokens.
 """
 
 import random
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -13,11 +12,10 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from pocket.latents import Pool
-from pocket.replicas import Replicas
+from pocket.replicas import Machine, Replicas
 from pocket.stage import Stage
 from pocket.vocabulary import MAX_TOKENS
 
-BATCH_SIZE = 32
 PEAK_LR = 1e-3
 EMA_DECAY = 0.999
 EMPTY_CAPTION_RATE = 0.10  # what guidance subtracts at drawing time
@@ -86,10 +84,9 @@ def build_denoiser(tokenizer: CLIPTokenizer) -> Denoiser:
     return Denoiser(unet, CLIPTextModel(config))
 
 
-def train_denoiser(pool: Pool, tokenizer: CLIPTokenizer, path: Path, budget_s: float, workers: int) -> None:
-    """Trains until the budget is spent; the checkpoint at `path` holds weights, their average and the optimizer."""
-    stage = Stage("unet", path, budget_s, BATCH_SIZE)
-    model = build_denoiser(tokenizer)
+def train_denoiser(pool: Pool, tokenizer: CLIPTokenizer, stage: Stage, machine: Machine) -> None:
+    """Trains until the budget is spent; the checkpoint holds weights, their average and the optimizer."""
+    model = build_denoiser(tokenizer).to(machine.device)
     model.unet.to(memory_format=torch.channels_last)
     average = [parameter.detach().clone() for parameter in model.parameters()]
     optimizer = torch.optim.AdamW(
@@ -99,9 +96,9 @@ def train_denoiser(pool: Pool, tokenizer: CLIPTokenizer, path: Path, budget_s: f
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         average = state["average"]
-    replicas = Replicas(model, workers)
-    batches = Batches(pool, tokenizer)
-    share = BATCH_SIZE // workers
+    replicas = Replicas(model, machine.replicas)
+    batches = Batches(pool, tokenizer, machine.device)
+    share = stage.batch_size // machine.replicas
 
     def save() -> None:
         stage.save(model=model.state_dict(), average=average, optimizer=optimizer.state_dict())
@@ -113,13 +110,14 @@ def train_denoiser(pool: Pool, tokenizer: CLIPTokenizer, path: Path, budget_s: f
         for group in optimizer.param_groups:
             group["lr"] = stage.lr(PEAK_LR, decay_from=0.7)
 
-        def loss_of(replica: Denoiser, rank: int, first: int = tick.step * BATCH_SIZE) -> Tensor:
+        def loss_of(replica: Denoiser, rank: int, first: int = tick.first) -> Tensor:
             return batches.loss(replica, first + rank * share, share)
 
         tick.loss = replicas.gradients(loss_of)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        decay = min(EMA_DECAY, (1 + tick.step) / (10 + tick.step))
+        step = tick.first // stage.batch_size
+        decay = min(EMA_DECAY, (1 + step) / (10 + step))
         torch._foreach_lerp_(average, [p.detach() for p in model.parameters()], 1 - decay)
     save()
 
@@ -127,8 +125,9 @@ def train_denoiser(pool: Pool, tokenizer: CLIPTokenizer, path: Path, budget_s: f
 class Batches:
     """Every sample of the training: latents, caption, noise and timestep as functions of the sample's number."""
 
-    def __init__(self, pool: Pool, tokenizer: CLIPTokenizer) -> None:
+    def __init__(self, pool: Pool, tokenizer: CLIPTokenizer, device: torch.device) -> None:
         self.pool = pool
+        self.device = device
         self.tokenizer = tokenizer
         self.signal = build_scheduler().alphas_cumprod.sqrt()
         self.noise = (1 - self.signal.square()).sqrt()
@@ -145,8 +144,9 @@ class Batches:
         signal, noise = (table[timesteps].view(-1, 1, 1, 1) for table in (self.signal, self.noise))
         tokens = self.tokens([self.pool.captions[index] for index in picked.tolist()], random.Random(first))
         noisy = (signal * clean + noise * drawn).contiguous(memory_format=torch.channels_last)
-        velocity = model(noisy, timesteps, tokens)
-        return F.mse_loss(velocity.float(), signal * drawn - noise * clean)
+        target = signal * drawn - noise * clean
+        velocity = model(*(tensor.to(self.device) for tensor in (noisy, timesteps, tokens)))
+        return F.mse_loss(velocity.float(), target.to(self.device))
 
     def tokens(self, captions: list[str], rng: random.Random) -> Tensor:
         """[B, L] int64; some captions are emptied, some get a word that nobody knows."""

@@ -12,7 +12,7 @@ from transformers import CLIPTokenizer
 from pocket.diffusion import Denoiser, build_denoiser, build_scheduler
 from pocket.sprites import NOUNS
 from pocket.vocabulary import RESERVED_WORDS, write_tokenizer
-from pocket.world import SIZE, caption_words
+from pocket.world import SIZE, caption_words, with_article
 
 WEIGHTS = Path(__file__).parent / "weights"
 MAX_BYTES = 45 * 1024**2  # what the repository is willing to carry
@@ -102,7 +102,7 @@ def name_reserved_tokens(model: Denoiser, tokenizer: CLIPTokenizer) -> None:
 def sheet_prompts() -> list[str]:
     """One prompt per noun, over changing places."""
     return [
-        f"a photo of {'an' if noun[0] in 'aeiou' else 'a'} {noun} {SHEET_PLACES[number % len(SHEET_PLACES)]}"
+        f"a photo of {with_article(noun)} {SHEET_PLACES[number % len(SHEET_PLACES)]}"
         for number, noun in enumerate(NOUNS)
     ]
 

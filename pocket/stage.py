@@ -1,4 +1,4 @@
-"""This file is where a stage of pretraining keeps its budget of time, its learning rate and its checkpoints."""
+"""This file is where a stage of pretraining keeps its budget of samples, its learning rate and its checkpoints."""
 
 import sys
 import time
@@ -10,29 +10,31 @@ import torch
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 CHECKPOINT_EVERY_S = 180.0
-WARMUP_STEPS = 100
+WARMUP_SAMPLES = 3200
 REPORT_EVERY_S = 20.0
 
 
 class Stage:
-    """A training loop's clock: it runs for a budget of seconds, over as many restarts as it takes."""
+    """A training loop's clock: it counts samples up to a budget, over as many restarts as it takes.
 
-    def __init__(self, name: str, path: Path, budget_s: float, batch_size: int) -> None:
+    Everything is a function of the samples seen, never of the time, so that a run can be repeated to the bit.
+    """
+
+    def __init__(self, name: str, path: Path, samples: int, batch_size: int) -> None:
         self.name = name
         self.path = path
-        self.budget_s = budget_s
+        self.samples = samples
         self.batch_size = batch_size
-        self.step = 0
-        self.trained_s = 0.0
+        self.seen = 0
 
     @property
     def progress(self) -> float:
         """The part of the budget that is spent, 0 to 1."""
-        return min(1.0, self.trained_s / self.budget_s)
+        return min(1.0, self.seen / self.samples)
 
     def lr(self, peak: float, decay_from: float) -> float:
-        """A trapezoid: up over WARMUP_STEPS, flat, then linearly to zero from `decay_from` (0 to 1) of the budget."""
-        warm = min(1.0, (self.step + 1) / WARMUP_STEPS)
+        """A trapezoid: up over WARMUP_SAMPLES, flat, then linearly to zero from `decay_from` (0 to 1) of the budget."""
+        warm = min(1.0, (self.seen + self.batch_size) / WARMUP_SAMPLES)
         left = (1.0 - self.progress) / (1.0 - decay_from)
         return peak * warm * max(0.01, min(1.0, left))
 
@@ -41,14 +43,14 @@ class Stage:
         if not self.path.exists():
             return None
         state: dict[str, Any] = torch.load(self.path, weights_only=True)
-        self.step, self.trained_s = state["step"], state["trained_s"]
+        self.seen = state["seen"]
         return state
 
     def save(self, **tensors: Any) -> None:
         """Replaces the checkpoint; a kill at any moment leaves the old one or the new one."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_suffix(".partial")
-        torch.save({"step": self.step, "trained_s": self.trained_s, **tensors}, partial)
+        torch.save({"seen": self.seen, **tensors}, partial)
         partial.replace(self.path)
 
     def steps(self) -> Iterator["Tick"]:
@@ -56,12 +58,10 @@ class Stage:
         saved = time.monotonic()
         with _Report(self) as report:
             while self.progress < 1.0:
-                began = time.monotonic()
-                tick = Tick(self.step)
+                tick = Tick(self.seen)
                 yield tick
                 now = time.monotonic()
-                self.step += 1
-                self.trained_s += now - began
+                self.seen += self.batch_size
                 report.add(tick.loss, now)
                 if now - saved > CHECKPOINT_EVERY_S:
                     saved, tick.save_due = now, True
@@ -71,8 +71,9 @@ class Stage:
 class Tick:
     """One step, or (with `save_due`) the moment to save between two steps."""
 
-    def __init__(self, step: int) -> None:
-        self.step = step
+    def __init__(self, first: int) -> None:
+        self.first = first
+        """Number of the step's first sample."""
         self.loss = float("nan")
         self.save_due = False
 
@@ -92,9 +93,7 @@ class _Report:
             TimeRemainingColumn(),
             disable=not sys.stdout.isatty(),
         )
-        self.task = self.bar.add_task(
-            stage.name, total=stage.budget_s, completed=int(stage.trained_s), facts=""
-        )
+        self.task = self.bar.add_task(stage.name, total=stage.samples, completed=stage.seen, facts="")
 
     def __enter__(self) -> "_Report":
         self.bar.start()
@@ -110,10 +109,10 @@ class _Report:
             return
         stage = self.stage
         rate = len(self.losses) * stage.batch_size / (now - self.since)
-        facts = f"step {stage.step}  loss {sum(self.losses) / len(self.losses):.4f}  {rate:.0f}/s"
-        self.bar.update(self.task, completed=stage.trained_s, facts=facts)
+        facts = f"{stage.seen:,} samples  loss {sum(self.losses) / len(self.losses):.4f}  {rate:.0f}/s"
+        self.bar.update(self.task, completed=stage.seen, facts=facts)
         if self.bar.disable:
-            left = (stage.budget_s - stage.trained_s) / 60
+            left = (stage.samples - stage.seen) / rate / 60
             clock = time.strftime("%H:%M:%S")
             print(f"{clock} {stage.name}: {stage.progress:5.1%}  {facts}  {left:.0f} min left", flush=True)
         self.losses, self.since = [], now

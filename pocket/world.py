@@ -48,8 +48,12 @@ def picture(sprites: Sprites, seed: int, index: int) -> tuple[Image.Image, Facts
     """Picture `index` of a world: RGB, SIZE x SIZE pixels, always the same for the same seed and index."""
     rng = _rng(seed, index)
     chosen = _choose(rng)
-    thing = _tint(sprites.images[chosen.noun, chosen.style], chosen.noun, rng)
-    return compose(thing, chosen.place, rng, SIZE), chosen
+    return show(sprites, chosen.noun, chosen.style, chosen.place, rng), chosen
+
+
+def show(sprites: Sprites, noun: str, style: str, place: str, rng: random.Random) -> Image.Image:
+    """Some member of a class at a place: RGB, SIZE x SIZE pixels."""
+    return compose(_tint(sprites.images[noun, style], noun, rng), place, rng, SIZE)
 
 
 def compose(thing: Image.Image, place: str, rng: random.Random, size: int) -> Image.Image:
@@ -91,21 +95,36 @@ def _rng(seed: int, index: int) -> random.Random:
 def _choose(rng: random.Random) -> Facts:
     noun = rng.choice(tuple(NOUNS))
     style = rng.choice(STYLES)
-    place = rng.choice(tuple(SCENES)) if rng.random() < 0.55 else background(rng.choice(tuple(COLOURS)))
-    # Half of the captions keep the style to themselves and some the place: "a dog" is any dog anywhere.
+    return describe(noun, style, some_place(rng), rng)
+
+
+def some_place(rng: random.Random) -> str:
+    """A scene or a plain background."""
+    return rng.choice(tuple(SCENES)) if rng.random() < 0.55 else background(rng.choice(tuple(COLOURS)))
+
+
+def describe(noun: str, style: str, place: str, rng: random.Random) -> Facts:
+    """A caption for what is shown: half keep the style to themselves and some the place."""
     named = f"{style} {noun}" if rng.random() < 0.5 else noun
-    article = "an" if named[0] in "aeiou" else "a"
     opening = "a photo of " if rng.random() < 0.5 else ""
     ending = f" {place}" if rng.random() < 0.85 else ""
-    return Facts(noun, style, place, f"{opening}{article} {named}{ending}")
+    return Facts(noun, style, place, f"{opening}{with_article(named)}{ending}")
+
+
+def with_article(named: str) -> str:
+    """`a dog`, `an owl`."""
+    return f"{'an' if named[0] in 'aeiou' else 'a'} {named}"
 
 
 def _tint(thing: Image.Image, noun: str, rng: random.Random) -> Image.Image:
     """Another member of the class on a part of the samples: hue, saturation and brightness moved."""
     turn = rng.uniform(-math.pi, math.pi) if noun in ANY_COLOUR else rng.uniform(-0.25, 0.25)
     saturation, brightness = rng.uniform(0.75, 1.2), rng.uniform(0.88, 1.08)
-    if rng.random() < 0.6:
-        return thing
+    return thing if rng.random() < 0.6 else recoloured(thing, turn, saturation, brightness)
+
+
+def recoloured(thing: Image.Image, turn: float, saturation: float, brightness: float) -> Image.Image:
+    """An RGBA drawing with its hue turned (radians) and its saturation and brightness scaled."""
     pixels = np.asarray(thing, dtype=np.float32)
     rgb = pixels[..., :3] @ (brightness * _hue_matrix(turn, saturation)).T
     moved = np.concatenate([rgb, pixels[..., 3:]], axis=-1).clip(0, 255).astype(np.uint8)

@@ -10,36 +10,46 @@ from torch import Tensor, nn
 from pocket.diffusion import Batches, tokenize
 from pocket.latents import Pool
 from pocket.replicas import Replicas
-from pocket.stage import WARMUP_STEPS, Stage
+from pocket.stage import WARMUP_SAMPLES, Stage
 from pocket.vocabulary import write_tokenizer
 from pocket.world import caption_words
 
 
 def test_a_stage_goes_on_where_its_checkpoint_stood(tmp_path: Path) -> None:
-    stage = Stage("unet", tmp_path / "unet.pt", budget_s=100.0, batch_size=8)
+    stage = Stage("unet", tmp_path / "unet.pt", samples=100, batch_size=8)
     assert stage.restore() is None
-    stage.step, stage.trained_s = 7, 40.0
+    stage.seen = 40
     stage.save(model={"weight": torch.ones(2)})
-    again = Stage("unet", tmp_path / "unet.pt", budget_s=100.0, batch_size=8)
+    again = Stage("unet", tmp_path / "unet.pt", samples=100, batch_size=8)
     state = again.restore()
     assert state is not None and torch.equal(state["model"]["weight"], torch.ones(2))
-    assert (again.step, again.progress) == (7, 0.4)
+    assert (again.seen, again.progress) == (40, 0.4)
     assert [path.name for path in tmp_path.iterdir()] == ["unet.pt"]
 
 
+def test_a_stage_sees_every_sample_once_over_its_restarts(tmp_path: Path) -> None:
+    stage = Stage("unet", tmp_path / "unet.pt", samples=32, batch_size=8)
+    steps = stage.steps()
+    seen = [next(steps).first for _ in range(3)]  # the third was begun, not ended
+    stage.save()
+    again = Stage("unet", tmp_path / "unet.pt", samples=32, batch_size=8)
+    again.restore()
+    assert seen[:2] + [tick.first for tick in again.steps()] == [0, 8, 16, 24]
+
+
 @pytest.mark.parametrize(
-    ("step", "spent", "expected"),
+    ("seen", "expected"),
     [
-        (0, 0.0, 1.0 / WARMUP_STEPS),
-        (WARMUP_STEPS, 0.1, 1.0),
-        (5000, 0.7, 1.0),
-        (5000, 0.85, 0.5),
-        (5000, 1.0, 0.01),
+        (0, 8 / WARMUP_SAMPLES),
+        (WARMUP_SAMPLES, 1.0),
+        (70_000, 1.0),
+        (85_000, 0.5),
+        (100_000, 0.01),
     ],
 )
-def test_the_learning_rate_is_a_trapezoid(tmp_path: Path, step: int, spent: float, expected: float) -> None:
-    stage = Stage("unet", tmp_path / "unet.pt", budget_s=1.0, batch_size=8)
-    stage.step, stage.trained_s = step, spent
+def test_the_learning_rate_is_a_trapezoid(tmp_path: Path, seen: int, expected: float) -> None:
+    stage = Stage("unet", tmp_path / "unet.pt", samples=100_000, batch_size=8)
+    stage.seen = seen
     assert stage.lr(1.0, decay_from=0.7) == pytest.approx(expected)
 
 
@@ -62,7 +72,7 @@ def test_replicas_share_weights_and_average_gradients() -> None:
 def test_captions_are_emptied_and_varied_at_their_rates(tmp_path: Path) -> None:
     tokenizer = write_tokenizer(tmp_path, caption_words())
     caption = "a photo of a dog on the beach"
-    batches = Batches(Pool(torch.zeros(1, 16, 8, 8), [caption]), tokenizer)
+    batches = Batches(Pool(torch.zeros(1, 16, 8, 8), [caption]), tokenizer, torch.device("cpu"))
     rows = batches.tokens([caption] * 2000, random.Random(0))
     plain, empty = tokenize(tokenizer, [caption, ""])
     as_written = (rows == plain).all(dim=1).float().mean().item()

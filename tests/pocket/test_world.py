@@ -4,24 +4,12 @@ import random
 
 import numpy as np
 import pytest
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from pocket.scenes import COLOURS, SCENES, background, draw_scene
-from pocket.sprites import NOUNS, SPRITE_SIZE, STYLES, Sprites
+from pocket.sprites import NOUNS, STYLES, Sprites
 from pocket.vocabulary import RESERVED_WORDS
 from pocket.world import ANY_COLOUR, PLACES, SIZE, caption_words, facts, picture
-
-
-@pytest.fixture(scope="module")
-def discs() -> Sprites:
-    """Sprites that need no download: a disc of another colour for every noun."""
-    images = {}
-    for number, noun in enumerate(NOUNS):
-        for style in STYLES:
-            image = Image.new("RGBA", (SPRITE_SIZE, SPRITE_SIZE))
-            ImageDraw.Draw(image).ellipse([8, 8, 88, 88], fill=(4 * number, 200 - 3 * number, 120, 255))
-            images[noun, style] = image
-    return Sprites(images)
 
 
 def test_a_picture_is_a_function_of_seed_and_index(discs: Sprites) -> None:
