@@ -15,6 +15,7 @@ class RayboothError(Exception):
     """
 
     exit_code = 1
+    state = "failed"
 
     def __init__(self, what: str, seen: str = "", do: str = "") -> None:
         super().__init__(what, seen, do)

@@ -7,20 +7,23 @@ collective; a gang that restarts asks where it was.
 import asyncio
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.errors import RayboothError, SystemFailure
 
 GIVE_UP_AFTER = 3  # deaths of a gang on one lease without going further than it ever was
 _FINAL = ("published", "failed")  # the kinds of events that end a lease
+CHECKPOINT, LEAVE = "checkpoint", "leave"  # what can be asked of the workers that train
 
 
 @dataclass(frozen=True)
 class Event:
-    """What a gang reports: `started, step, checkpoint, published, failed, note`."""
+    """What a gang reports: `started, step, checkpoint, validation, sample, left, published, failed, note`."""
 
     lease: int
     rank: int
@@ -51,6 +54,8 @@ class Mailbox:
         self._finished: set[int] = set()
         self._events: list[Event] = []
         self._attempts: dict[int, _Attempts] = defaultdict(_Attempts)
+        self._training = False
+        self._asked: list[str] = []
         self._changed = asyncio.Condition()
 
     async def post(self, lease: Any) -> int:
@@ -66,6 +71,37 @@ class Mailbox:
             self._stopped = True
             self._changed.notify_all()
 
+    async def retire(self) -> bool:
+        """Hand out no lease any more, not even an open one, and ask for the one in training to be left.
+
+        Returns:
+            Whether one is in training: it will end with an event `left`, unless it ends before.
+        """
+        self._leases = []
+        await self.stop()
+        return await self.ask(LEAVE)
+
+    async def ask(self, wish: str) -> bool:
+        """Ask the workers for a checkpoint, or to save one and leave; `False`, and nothing asked, when none trains."""
+        async with self._changed:
+            if self._training:
+                self._asked.append(wish)
+                self._changed.notify_all()
+            return self._training
+
+    async def asked(self, after: int) -> list[str]:
+        """What was asked of the gang that runs, but for the first `after` wishes; waits for the next."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: len(self._asked) > after)
+            return self._asked[after:]
+
+    async def quiet(self, wait_s: float) -> bool:
+        """Whether no worker trains; waits for it up to `wait_s` seconds."""
+        async with self._changed:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._changed.wait_for(lambda: not self._training), wait_s)
+            return not self._training
+
     async def take(self, n: int) -> Any | None:
         """Lease `n`, as soon as it is posted; `None` when there will be none."""
         async with self._changed:
@@ -75,10 +111,12 @@ class Mailbox:
     async def resume(self) -> int:
         """Where a gang that (re)starts goes on: the first lease that is not finished. One rank of it asks.
 
-        A lease on which the gang died too often without getting further is failed, with what a worker died of.
+        A lease on which the gang died too often without getting further is failed, with what a worker died of. One
+        that the gang left on purpose has cost it no life.
         """
+        self._training, self._asked = False, []
         here = self._first_open()
-        if here == len(self._leases):
+        if here >= len(self._leases):
             return here
         died, attempts = here in self._attempts, self._attempts[here]
         attempts.deaths, attempts.told = attempts.deaths + died, False
@@ -109,7 +147,13 @@ class Mailbox:
                 if kind == "note" and payload.get("died") and not attempts.told:
                     attempts.error, attempts.told = payload["text"], True
                 self._events.append(Event(n, rank, kind, payload))
-            if kind in _FINAL:
+            if kind == "started":
+                self._training = True
+            elif kind == "left":
+                self._training = False
+                del self._attempts[n]
+            elif kind in _FINAL:
+                self._training = False
                 self._finished.add(n)
             self._changed.notify_all()
 
@@ -147,6 +191,22 @@ class MailboxClient:
         """After the leases that are posted there are no more."""
         ray.get(self._actor.stop.remote())
 
+    def retire(self) -> bool:
+        """Hand out no lease any more and ask for the one in training to be left; `False` when there is none."""
+        return bool(ray.get(self._actor.retire.remote()))
+
+    def ask(self, wish: str) -> bool:
+        """Ask the workers for a `CHECKPOINT`, or to `LEAVE`; `False`, and nothing asked, when none trains."""
+        return bool(ray.get(self._actor.ask.remote(wish)))
+
+    def asked(self, after: int) -> list[str]:
+        """What was asked of the gang that runs, but for the first `after` wishes; waits for the next."""
+        return list(ray.get(self._actor.asked.remote(after)))
+
+    def quiet(self, wait_s: float) -> bool:
+        """Whether no worker trains; waits for it up to `wait_s` seconds."""
+        return bool(ray.get(self._actor.quiet.remote(wait_s)))
+
     def drain(self, wait_s: float = 0.0) -> list[Event]:
         """Events since the last call; waits up to `wait_s` seconds for the first one."""
         events: list[Event] = ray.get(self._actor.drain.remote(wait_s))
@@ -175,9 +235,10 @@ class MailboxClient:
 
 
 def create(name: str) -> MailboxClient:
-    """A new mailbox; `name` is unique to the campaign."""
-    actor = ray.remote(Mailbox).options(name=name, num_cpus=0, max_concurrency=4096).remote()
-    return MailboxClient(actor)
+    """A new mailbox on the node of this process: it must not die with another; `name` is unique to the campaign."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    options = {"name": name, "num_cpus": 0, "max_concurrency": 4096, "scheduling_strategy": here}
+    return MailboxClient(ray.remote(Mailbox).options(**options).remote())
 
 
 def connect(name: str) -> MailboxClient:

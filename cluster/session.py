@@ -25,6 +25,8 @@ LONGEST_TEMPORARY = 40  # characters: a socket's path ends at 107, and Ray appen
 _EVERYWHERE = {
     "TOKENIZERS_PARALLELISM": "false",  # its threads do not survive a fork
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",  # how late the end of a gang is noticed
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",  # for room that Ray still counts on a node that is gone
+    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",  # a spot instance has 30 s, a pod often as much
     "RAY_TRAIN_ENABLE_STATE_ACTOR_RECONCILIATION": "0",  # it polls the dashboard that is not started
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",  # people look at ours
     "RAY_BACKEND_LOG_LEVEL": "fatal",  # Ray's core writes warnings of its own plumbing to the terminal
@@ -131,6 +133,13 @@ def cpu_count() -> int:
 def gpu_count() -> int:
     """GPUs of the cluster."""
     return int(ray.cluster_resources().get("GPU", 0))
+
+
+def free_resources() -> str:
+    """What of the cluster is free, for people: `3 of 8 CPUs, 0 of 1 GPUs`."""
+    there, free = ray.cluster_resources(), ray.available_resources()
+    kinds = [kind for kind in ("CPU", "GPU") if there.get(kind)]
+    return ", ".join(f"{free.get(kind, 0):g} of {there[kind]:g} {kind}s" for kind in kinds)
 
 
 def node_count() -> int:

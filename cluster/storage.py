@@ -4,7 +4,7 @@ Nothing half-written is ever visible: a single object is written aside and renam
 atomic already), a folder is published with its manifest last, and readers trust the manifest, not the folder.
 """
 
-import fcntl
+import errno
 import hashlib
 import json
 import os
@@ -20,10 +20,37 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
+from cluster.disk import TEMPORARY, append_whole, locked, publish_folder, write_whole
 from cluster.errors import SystemFailure, UserError
 
 MANIFEST = "manifest.json"
-_TEMPORARY = ".tmp-"
+S3_ATTEMPTS = 10  # of a call, with growing pauses: about half a minute
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class StorageError(OSError):
+    """Storage that is full, gone or not allowed, after all attempts.
+
+    No `RayboothError`, because what it means is for its catcher to decide: the run goes on without a checkpoint, but
+    not without its artifact.
+
+    Args:
+        what: Which path, and what was tried.
+        seen: What the system said.
+        full: There is no room.
+    """
+
+    def __init__(self, what: str, seen: str, full: bool = False) -> None:
+        super().__init__(what, seen, full)
+        self.what, self.seen, self.full = what, seen, full
+
+    def __str__(self) -> str:
+        return f"{self.what}: {self.seen}"
+
+    def failure(self) -> SystemFailure:
+        """The end of a command that cannot go on without it."""
+        do = "make room there" if self.full else "see that it can be reached and written"
+        return SystemFailure(self.what, self.seen, f"{do} and run the same command again to go on")
 
 
 def sha256(data: bytes) -> str:
@@ -65,7 +92,7 @@ class Storage:
                 Path(self.uri).mkdir(parents=True, exist_ok=True)
                 self._fs, self._root = pafs.LocalFileSystem(), self.uri
             else:
-                self._fs, self._root = pafs.FileSystem.from_uri(self.uri)
+                self._fs, self._root = _remote(self.uri)
         except (OSError, pa.ArrowInvalid) as error:
             raise UserError(
                 f"the storage root {self.uri} cannot be used", str(error), "name another with --storage"
@@ -77,7 +104,7 @@ class Storage:
         Raises:
             UserError: The root cannot be written, or gives back other bytes than were written.
         """
-        name, canary = f"{_TEMPORARY}canary-{uuid.uuid4().hex}", os.urandom(1000)
+        name, canary = f"{TEMPORARY}canary-{uuid.uuid4().hex}", os.urandom(1000)
         try:
             self.write(name, canary)
             back = self.read(name)
@@ -107,14 +134,30 @@ class Storage:
         """`path` as a user would open it: an absolute folder, or a URI."""
         return f"{self.uri}/{path}"
 
+    @contextmanager
+    def _trying(self, act: str, path: str, size: int = 0) -> Iterator[None]:
+        """Say of an error which path it is about and, when there is no room, how much `size` bytes want."""
+        try:
+            yield
+        except (FileNotFoundError, NotADirectoryError, StorageError):
+            raise
+        except OSError as error:
+            full, seen = error.errno in _FULL, error.strerror or str(error).splitlines()[0]
+            if full and self.is_local:
+                free = shutil.disk_usage(self.uri).free
+                seen = f"{seen}: {size / 1e6:.1f} MB are needed and {free / 1e6:.1f} MB are free"
+            raise StorageError(f"{self.full(path)} cannot be {act}", seen, full) from error
+
     def exists(self, path: str) -> bool:
         """Whether a file or a folder is there."""
-        return bool(self._fs.get_file_info(self._at(path)).type != pafs.FileType.NotFound)
+        with self._trying("looked for", path):
+            return bool(self._fs.get_file_info(self._at(path)).type != pafs.FileType.NotFound)
 
     def names(self, path: str) -> list[str]:
         """Names directly under a folder, sorted, without temporary ones; empty when there is no folder."""
-        infos = self._fs.get_file_info(pafs.FileSelector(self._at(path), allow_not_found=True))
-        return sorted(i.base_name for i in infos if not i.base_name.startswith(_TEMPORARY))
+        with self._trying("listed", path):
+            infos = self._fs.get_file_info(pafs.FileSelector(self._at(path), allow_not_found=True))
+        return sorted(i.base_name for i in infos if not i.base_name.startswith(TEMPORARY))
 
     # -- single objects ------------------------------------------------------------------------------------
 
@@ -124,39 +167,35 @@ class Storage:
         Raises:
             FileNotFoundError: There is none.
         """
-        with self._fs.open_input_stream(self._at(path)) as stream:
+        with self._trying("read", path), self._fs.open_input_stream(self._at(path)) as stream:
             return bytes(stream.read())
 
     def write(self, path: str, data: bytes) -> None:
-        """Write a file so that it is there whole or not at all; an older one is replaced."""
+        """Write a file so that it is there whole or not at all; an older one is replaced.
+
+        Raises:
+            StorageError: It cannot be written.
+        """
         at = self._at(path)
-        if not self.is_local:
-            with self._fs.open_output_stream(at) as stream:
-                stream.write(data)
-            return
-        target = Path(at)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        aside = target.with_name(f"{_TEMPORARY}{uuid.uuid4().hex}")
-        try:
-            with aside.open("xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            aside.replace(target)
-        finally:
-            aside.unlink(missing_ok=True)
+        with self._trying("written", path, len(data)):
+            if self.is_local:
+                write_whole(Path(at), data)
+            else:
+                with self._fs.open_output_stream(at) as stream:
+                    stream.write(data)
 
     def append(self, path: str, data: bytes) -> None:
-        """Append to a file, for logs.
+        """Append to a file, for logs; all of it or nothing, but for a crash.
 
         On a remote root the whole object is read and written again, so that n calls move n^2 / 2 times the bytes of
         one: callers gather lines first.
+
+        Raises:
+            StorageError: It cannot be written.
         """
         if self.is_local:
-            target = Path(self._at(path))
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with target.open("ab") as file:
-                file.write(data)
+            with self._trying("written", path, len(data)):
+                append_whole(Path(self._at(path)), data)
         else:
             self.write(path, (self.read(path) if self.exists(path) else b"") + data)
 
@@ -171,11 +210,12 @@ class Storage:
     def remove(self, path: str) -> None:
         """Remove a file or a whole folder; nothing there is no error."""
         at = self._at(path)
-        kind = self._fs.get_file_info(at).type
-        if kind == pafs.FileType.Directory:
-            self._fs.delete_dir(at)
-        elif kind == pafs.FileType.File:
-            self._fs.delete_file(at)
+        with self._trying("removed", path):
+            kind = self._fs.get_file_info(at).type
+            if kind == pafs.FileType.Directory:
+                self._fs.delete_dir(at)
+            elif kind == pafs.FileType.File:
+                self._fs.delete_file(at)
 
     # -- tables --------------------------------------------------------------------------------------------
 
@@ -209,25 +249,15 @@ class Storage:
         """Publish a local folder under `path` with a manifest, which is returned; visible whole or not at all.
 
         A folder that is there already is replaced.
+
+        Raises:
+            StorageError: It cannot be written; nothing of it is visible.
         """
         manifest = folder_manifest(folder, meta)
         text = json.dumps(manifest, indent=2, ensure_ascii=False).encode() + b"\n"
         if self.is_local:
-            target = Path(self._at(path))
-            target.parent.mkdir(parents=True, exist_ok=True)
-            aside, before = (target.with_name(f"{_TEMPORARY}{uuid.uuid4().hex}") for _ in range(2))
-            try:
-                shutil.copytree(folder, aside)
-                (aside / MANIFEST).write_bytes(text)
-                for file in [p for p in aside.rglob("*") if p.is_file()]:
-                    with file.open("rb") as stream:
-                        os.fsync(stream.fileno())
-                if target.exists():
-                    target.rename(before)
-                aside.rename(target)
-            finally:
-                shutil.rmtree(aside, ignore_errors=True)
-                shutil.rmtree(before, ignore_errors=True)
+            with self._trying("written", path, sum(file["size"] for file in manifest["files"].values())):
+                publish_folder(folder, Path(self._at(path)), MANIFEST, text)
         else:
             self.remove(f"{path}/{MANIFEST}")  # first, so that what is half removed counts as not there
             self.remove(path)
@@ -285,14 +315,7 @@ class Storage:
         if not self.is_local:
             yield
             return
-        target = Path(self._at(path))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with target.open("ab") as stream:
-            try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                on_wait()
-                fcntl.flock(stream, fcntl.LOCK_EX)
+        with locked(Path(self._at(path)), on_wait):
             yield
 
     @contextmanager
@@ -304,3 +327,25 @@ class Storage:
 
         with self.lock(path, refuse):
             yield
+
+
+def _remote(uri: str) -> tuple[pafs.FileSystem, str]:
+    """The file system of a URI, and the root in it. Calls of S3 that fail are tried again; those of GCS anyway."""
+    found, root = pafs.FileSystem.from_uri(uri)
+    if not isinstance(found, pafs.S3FileSystem):
+        return found, root
+    if "@" in uri or "?" in uri:  # the URI is written into manifests and shown to people
+        raise UserError(
+            "the storage URI carries settings or credentials",
+            "it has a @ or a ?",
+            "give s3://BUCKET/PREFIX, and AWS_ENDPOINT_URL, AWS_REGION and the credentials in the environment",
+        )
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
+    scheme, _, host = endpoint.rstrip("/").rpartition("://")
+    patient = pafs.S3FileSystem(
+        region=found.region,
+        endpoint_override=host or None,
+        scheme=scheme or None,
+        retry_strategy=pafs.AwsDefaultS3RetryStrategy(max_attempts=S3_ATTEMPTS),
+    )
+    return patient, root

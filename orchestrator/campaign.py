@@ -5,24 +5,35 @@ The record is written before the act, so that the same command goes on after the
 
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from cluster.errors import SystemFailure, failure_of
-from cluster.mailbox import create
+from cluster.mailbox import Event, create
 from cluster.registry import Registry
 from cluster.session import check_fits, gpu_count, resolve_address, session
-from cluster.storage import Storage
+from cluster.storage import Storage, StorageError
 from orchestrator.events import EventLog, GangThread
 from orchestrator.prepare import Destination, Prepared, record_path, run_path
 from orchestrator.progress import Stage, Stages
-from orchestrator.tracking import Mirrors, MlflowTracker, TensorBoardTracker, Tracker, flatten, tracking_uri
+from orchestrator.signals import Signals, Terminated
+from orchestrator.tracking import (
+    Mirrors,
+    MlflowTracker,
+    TensorBoardTracker,
+    Tracker,
+    flatten,
+    mirror,
+    tracking_uri,
+)
+from orchestrator.watch import Watch
 from training import checkpoint
 from training.artifact import artifact_path
 from training.draw import DRAW_WIDTH
+from training.figures import rows_kept
 from training.gang import GangShape, run_gang
 from training.lease import Lease
 from training.png import decode_png, encode_png, grid
@@ -30,7 +41,6 @@ from training.prior import draw_prior, prior_count, prior_images
 from training.prompt import render_prompt
 from training.stream import ImageSet, Pool, draw_pngs, encode, latent_refs, missing_images
 
-POLL_S = 0.2  # a bar feels live at 5 Hz
 STOP_S = 30  # a gang that was told to stop ends within one step and its clean-up
 
 
@@ -57,10 +67,14 @@ class Outcome:
 class Campaign:
     """One run on its way: `raybooth train` is a campaign of one."""
 
-    def __init__(self, storage: Storage, stages: Stages, prepared: Prepared, goal: Destination) -> None:
+    def __init__(
+        self, storage: Storage, stages: Stages, prepared: Prepared, goal: Destination, signals: Signals
+    ) -> None:
         self.storage, self.stages, self.prepared, self.goal = storage, stages, prepared, goal
+        self.signals = signals
         self.run_path = run_path(prepared.name, goal.version)
         self.artifact = artifact_path(prepared.name, goal.version)
+        self.scratch: str | None = None
         self.began = time.monotonic()
         self.outcome = Outcome("queued", prepared.name, goal.version, storage.full(self.artifact))
         self.record: dict[str, Any] = goal.record or {
@@ -81,12 +95,14 @@ class Campaign:
         try:
             mirrors = self._mirrors()
             with session(address, cluster.workers * cluster.cpus_per_worker + 2, self.storage):
-                wanted = cluster.gpus_per_worker
+                self.signals.listen()  # Ray has taken them
+                joined = resolve_address(address) is not None
+                if joined and not self.storage.is_local:  # all nodes reach it, and Ray Train writes on each
+                    self.scratch = self.storage.full(f"{self.run_path}/gang")
+                wanted, fewest = cluster.gpus_per_worker, cluster.min_workers or cluster.workers
                 gpus = float(gpu_count() > 0) if wanted == "auto" else wanted
-                check_fits(
-                    cluster.workers, cluster.cpus_per_worker, gpus, fixed=resolve_address(address) is None
-                )
-                shape = GangShape(cluster.workers, cluster.cpus_per_worker, gpus)
+                check_fits(fewest, cluster.cpus_per_worker, gpus, fixed=not joined)
+                shape = GangShape(cluster.workers, cluster.cpus_per_worker, gpus, cluster.min_workers)
                 pool = Pool(gpus=1.0 if gpus else 0.0)
                 subject, prior = self._images(pool)
                 metrics = self._train(shape, subject, prior, mirrors)
@@ -95,11 +111,15 @@ class Campaign:
             self._register(mirrors, metrics)
             mirrors.finish("succeeded")
             checkpoint.delete(self.storage, self.run_path)
+            self.storage.remove(f"{self.run_path}/gang")
             self._becomes("succeeded")
         except BaseException as error:
-            state = "cancelled" if isinstance(error, KeyboardInterrupt) else "failed"
-            self._becomes(state, reason=str(error))
+            state = _state_after(error)
+            with suppress(StorageError):  # it may be what failed
+                self._becomes(state, reason=str(error))
             mirrors.finish(state)
+            if isinstance(error, StorageError):
+                raise error.failure() from error
             raise
         self.outcome.seconds = round(time.monotonic() - self.began, 1)
         return self.outcome
@@ -166,7 +186,12 @@ class Campaign:
         run, base = self.prepared.run, self.prepared.base
         done = self.storage.manifest(self.artifact)
         if done and done["fingerprint"] == self.prepared.fingerprint:
-            return dict(done["metrics"])  # published before the driver died
+            log = self._log(mirrors)
+            kept = rows_kept(self.storage, f"{self.run_path}/{checkpoint.ROWS}", run.train.steps)
+            mirror(log.add([Event(0, 0, "step", row) for row in kept]), mirrors, self.storage)
+            return dict(
+                done["metrics"]
+            )  # published before the driver died, which may not have heard the last steps
         lease = Lease(
             run=run.model_dump(mode="json", by_alias=True),
             name=self.prepared.name,
@@ -179,45 +204,41 @@ class Campaign:
             subject_ids=self.prepared.subject_ids,
             class_ids=self.prepared.class_ids,
             identity=self.prepared.identity.as_json(),
-            meta={"fingerprint": self.prepared.fingerprint, "prior_key": self.outcome.prior_key},
+            meta={
+                "fingerprint": self.prepared.fingerprint,
+                "prior_key": self.outcome.prior_key,
+                "subject_names": self.prepared.photo_names,
+            },
+            sample_ids=self.prepared.sample_ids,
         )
         self._becomes("training")
         with self.stages.stage(f"training {self.prepared.name}", run.train.steps) as stage:
             return self._watch(shape, lease, stage, mirrors)
 
+    def _log(self, mirrors: Mirrors) -> EventLog:
+        """The run's log; what it has already is mirrored again, as the driver that wrote it may not have come to it."""
+        log = EventLog(self.storage, f"{self.run_path}/events.jsonl")
+        mirror(log.before, mirrors, self.storage)
+        return log
+
     def _watch(self, shape: GangShape, lease: Lease, stage: Stage, mirrors: Mirrors) -> Mapping[str, float]:
         mailbox_name = f"raybooth-{lease.name}-{lease.version}-{uuid4().hex[:8]}"
         mailbox = create(mailbox_name)
-        gang = GangThread(lambda: run_gang(mailbox_name, shape))
-        events = EventLog(self.storage, f"{self.run_path}/events.jsonl")
+        gang = GangThread(lambda: run_gang(mailbox_name, shape, self.scratch))
+        log = self._log(mirrors)
         mailbox.post(lease)
         gang.start()
+        watch = Watch(mailbox, gang, log, stage, self.stages, mirrors, self.signals)
         try:
-            while True:
-                alive = gang.is_alive()
-                heard = mailbox.drain(POLL_S)
-                rows = events.add(heard)
-                if rows:
-                    mirrors.metrics(rows)
-                    stage.at(int(rows[-1]["step"]), _figures(rows[-1]))
-                for event in heard:
-                    if event.kind == "note":
-                        self.stages.note(str(event.payload["text"]))
-                    elif event.kind == "published":
-                        mailbox.stop()
-                        gang.join(timeout=STOP_S)
-                        mailbox.close()
-                        return dict(event.payload["metrics"])
-                    elif event.kind == "failed":
-                        raise failure_of(event.payload)
-                if not alive:
-                    seen = (str(gang.error or "").strip().splitlines() or [""])[-1]
-                    raise SystemFailure(
-                        "the gang ended before the run did", seen, "run the same command again"
-                    ) from gang.error
+            with self.signals.patiently():
+                metrics = watch.until_published()
         except BaseException:
             mailbox.close()  # the gang dies with the session; waiting for it to finish its run would take long
             raise
+        mailbox.stop()
+        gang.join(timeout=STOP_S)
+        mailbox.close()
+        return metrics
 
     def _register(self, mirrors: Mirrors, metrics: Mapping[str, float]) -> None:
         """Register the artifact. Our record goes last: what is in it is done, and a restart repeats the rest."""
@@ -268,7 +289,7 @@ class Campaign:
         mirrors.image("samples", picture, self.prepared.run.train.steps)
 
 
-def _figures(row: Mapping[str, float]) -> str:
-    """What stands beside the training bar."""
-    prior = f" prior {row['loss_class']:.3f}" if row.get("loss_class") is not None else ""
-    return f"loss {row['loss_subject']:.3f}{prior} {row['steps_per_second']:.1f} it/s"
+def _state_after(error: BaseException) -> str:
+    if isinstance(error, Terminated | SystemExit):
+        return "interrupted"
+    return "cancelled" if isinstance(error, KeyboardInterrupt) else "failed"

@@ -78,7 +78,7 @@ def _fail(output: Output, error: RayboothError, debug: bool, code: int) -> None:
     if error.do:
         output.say(f"  do:   {error.do}")
     if output.as_json:
-        print(json.dumps({"state": "failed", "error": error.as_json()}, ensure_ascii=False), flush=True)
+        print(json.dumps({"state": error.state, "error": error.as_json()}, ensure_ascii=False), flush=True)
     sys.stderr.flush()
     raise typer.Exit(code)
 

@@ -28,6 +28,14 @@ Sets = Annotated[
     list[str] | None,
     typer.Option("--set", help="Any setting, such as train.steps=150; repeatable.", metavar="K=V"),
 ]
+MinWorkers = Annotated[
+    int | None,
+    typer.Option(
+        "--min-workers",
+        help="Start with as few workers, and go on with them, while there is no room for all.",
+        min=1,
+    ),
+]
 NewVersion = Annotated[
     bool, typer.Option("--new-version", help="Train again although this very version is there.")
 ]
@@ -49,13 +57,17 @@ def _spec(
     method: str,
     config: Path | None,
     sets: list[str] | None,
+    min_workers: int | None,
 ) -> "Run":
     """The run that the options describe; a single YAML in the place of photos is a `--config`."""
     from orchestrator.spec import load_run
 
     if config is None and images and len(images) == 1 and images[0].endswith((".yaml", ".yml")):
         config, images = Path(images[0]), None
-    return load_run(config, _flags(images, class_noun, name, base, method, config), sets or [])
+    flags = _flags(images, class_noun, name, base, method, config)
+    if min_workers is not None:
+        flags["cluster"] = {"min_workers": min_workers}
+    return load_run(config, flags, sets or [])
 
 
 def _flags(
@@ -98,6 +110,7 @@ def train(
     method: Method = "",
     config: Config = None,
     sets: Sets = None,
+    min_workers: MinWorkers = None,
     new_version: NewVersion = False,
     storage: StorageOption = "",
     address: Address = "",
@@ -119,7 +132,7 @@ def train(
     with reporting(as_json, debug) as output:
         from cluster.storage import Storage
 
-        run = _spec(images, class_noun, name, base, method, config, sets)
+        run = _spec(images, class_noun, name, base, method, config, sets, min_workers)
         root = Storage(storage_root(storage))
         from orchestrator.progress import open_stages
         from orchestrator.train import train_subject
@@ -144,6 +157,7 @@ def plan(
     method: Method = "",
     config: Config = None,
     sets: Sets = None,
+    min_workers: MinWorkers = None,
     new_version: NewVersion = False,
     storage: StorageOption = "",
     as_json: JsonOption = False,
@@ -162,7 +176,7 @@ def plan(
         from cluster.storage import Storage
         from orchestrator.plan import plan_run
 
-        run = _spec(images, class_noun, name, base, method, config, sets)
+        run = _spec(images, class_noun, name, base, method, config, sets, min_workers)
         device = "cuda" if sees_gpu() and run.cluster.gpus_per_worker != 0 else "cpu"
         planned = plan_run(run, Storage(storage_root(storage)), new_version, device)
         output.result = planned.as_json()

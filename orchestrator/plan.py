@@ -4,7 +4,9 @@ import tempfile
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from cluster.session import resolve_address
 from cluster.storage import Storage
+from orchestrator.fits import Fit, Room, check_memory
 from orchestrator.prepare import Prepared, destination, prepare, run_path
 from training.artifact import artifact_path
 from training.checkpoint import steps_saved
@@ -57,13 +59,14 @@ class Plan:
     trained_parameters: int
     artifact: str
     artifact_bytes: int
+    memory: Fit
     fingerprint: str
     notes: list[str]
 
     def as_json(self) -> dict[str, Any]:
         """The JSON object of `raybooth plan`."""
         prior = {**asdict(self.prior), "missing": self.prior.missing} if self.prior else None
-        return {**asdict(self), "prior": prior}
+        return {**asdict(self), "prior": prior, "memory": self.memory.as_json()}
 
     def lines(self) -> list[str]:
         """The same for people."""
@@ -80,27 +83,32 @@ class Plan:
             f"  class images  {prior}",
             f"  training      {steps}{self.pairs_per_step} pairs a step, "
             f"{self.workers} workers, a checkpoint every {self.checkpoint_every} steps",
+            f"  memory        {self.memory.line()}",
             f"  artifact      {self.artifact}, about {self.artifact_bytes / 1e6:.1f} MB "
             f"({self.trained_parameters:,} trained parameters)",
             *(f"  note: {note}" for note in self.notes),
         ]
 
 
-def plan_run(run: Run, storage: Storage, new_version: bool = False, device: str = "cpu") -> Plan:
+def plan_run(
+    run: Run, storage: Storage, new_version: bool = False, device: str = "cpu", room: Room | None = None
+) -> Plan:
     """Foretell a run. Its photos are read and checked, no weights are loaded, Ray is not started.
 
     Args:
         run: The run.
         storage: The root to look into; nothing is written there.
         new_version: As for `train`: plan another version even though this one is trained.
-        device: `cpu` or `cuda`, what class images would be drawn on.
+        device: `cpu` or `cuda`, what class images would be drawn on and workers would train on.
+        room: Memory for them; `None` is this machine's, or unknown when RAY_ADDRESS names a cluster.
 
     Raises:
-        UserError: `train` would refuse the run.
+        UserError: `train` would refuse the run, also because it cannot fit.
     """
     with tempfile.TemporaryDirectory(prefix="raybooth-") as scratch:
         prepared = prepare(run, Storage(scratch))
     goal = destination(storage, prepared.name, prepared.fingerprint, new_version)
+    room = room or (Room(None, None) if resolve_address(None) else Room.here(device))
     trained, size = _artifact_size(prepared.base, run)
     return Plan(
         subject=prepared.name,
@@ -112,7 +120,7 @@ def plan_run(run: Run, storage: Storage, new_version: bool = False, device: str 
         image_size=prepared.base.image_size,
         identifier=prepared.identity.identifier,
         photos=prepared.photos.count,
-        training_images=prepared.photos.count * run.data.variants * (2 if run.data.flip else 1),
+        training_images=prepared.photos.count * run.data.images_per_photo,
         latents_cached=not missing_shards(storage, prepared.base, prepared.subject_images()),
         prior=_prior(prepared, storage, device),
         steps=run.train.steps,
@@ -123,6 +131,7 @@ def plan_run(run: Run, storage: Storage, new_version: bool = False, device: str 
         trained_parameters=trained,
         artifact=storage.full(artifact_path(prepared.name, goal.version)),
         artifact_bytes=size,
+        memory=check_memory(prepared.base, run, device, room),
         fingerprint=prepared.fingerprint,
         notes=prepared.notes,
     )

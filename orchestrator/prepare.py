@@ -13,7 +13,7 @@ from cluster.registry import Registry
 from cluster.storage import Storage, sha256
 from training.artifact import Identity
 from training.identifier import choose_identifier
-from training.intake import TABLE, StoredPhotos, read_photos, store_photos
+from training.intake import TABLE, Intake, StoredPhotos, read_photos, store_photos
 from training.pipeline import BaseInfo, load_tokenizer, open_base, token_ids
 from training.prior import prior_key
 from training.prompt import TEMPLATE, render_prompt
@@ -32,6 +32,9 @@ class Prepared:
     identity: Identity
     subject_ids: list[int]
     class_ids: list[int]
+    sample_ids: list[list[int]]
+    """Of the empty prompt and the prompts of the sample grid; empty when it has none."""
+    photo_names: list[str]
     fingerprint: str
     notes: list[str]
 
@@ -48,7 +51,7 @@ class Prepared:
     def subject_images(self) -> ImageSet:
         """The subject's photos, to encode."""
         data = self.run.data
-        images = self.photos.count * data.variants * (2 if data.flip else 1)
+        images = self.photos.count * data.images_per_photo
         shard = Shard(f"{self.photos.path}/{TABLE}", self.photos.digest, images)
         return ImageSet(self.photos.key, {TABLE: shard}, data)
 
@@ -61,7 +64,8 @@ def prepare(run: Run, storage: Storage) -> Prepared:
         storage: The root that takes the photos.
 
     Raises:
-        UserError: A photo, the base, the identifier, a prompt or a LoRA target cannot be used.
+        UserError: A photo, the base, the identifier, a prompt or a LoRA target cannot be used, or no photo would be
+            left to train.
     """
     base = open_base(run.base.model, run.base.revision)
     tokenizer, noun = load_tokenizer(base), run.subject.class_noun
@@ -69,13 +73,16 @@ def prepare(run: Run, storage: Storage) -> Prepared:
     subject_prompt = render_prompt(run.train.prompt, noun, choice.identifier)
     class_prompt = render_prompt(run.prior.prompt, noun, None)
     samples = [render_prompt(prompt, noun, choice.identifier) for prompt in run.validate_.prompts]
-    prompts = [subject_prompt, class_prompt, run.prior.negative_prompt, *samples]
-    subject_ids, class_ids, *_ = token_ids(tokenizer, prompts, base.token_limit).tolist()
+    prompts = [subject_prompt, class_prompt, run.prior.negative_prompt, "", *samples]
+    subject_ids, class_ids, _, *sample_ids = token_ids(tokenizer, prompts, base.token_limit).tolist()
     trained_shapes(base, run.train)  # refuses what cannot be trained
     intake = read_photos(run.subject.images, base.image_size)
+    _check_holdout(run, intake)
     photos = store_photos(storage, run.subject.name, intake, base.image_size)
     recipe = run.model_dump(mode="json", by_alias=True, include=set(TRAINED_SECTIONS))
     decisive = [recipe, base.revision, photos.key, subject_ids, class_ids]
+    if run.train.load_best_at_end:
+        decisive += [run.checkpoint.every, run.validate_.samples]  # they decide which one is the best
     return Prepared(
         run=run,
         base=base,
@@ -83,9 +90,21 @@ def prepare(run: Run, storage: Storage) -> Prepared:
         identity=Identity(choice.identifier, noun, TEMPLATE, tuple(choice.token_ids)),
         subject_ids=subject_ids,
         class_ids=class_ids,
+        sample_ids=sample_ids if samples else [],
+        photo_names=[photo.name for photo in intake.photos],
         fingerprint=sha256(json.dumps(decisive, sort_keys=True).encode())[:16],
         notes=[*intake.notes, *choice.warnings],
     )
+
+
+def _check_holdout(run: Run, intake: Intake) -> None:
+    held, names = run.data.holdout, [photo.name for photo in intake.photos]
+    if held >= len(names):
+        raise UserError(
+            f"data.holdout is {held}, which leaves no photo to train",
+            f"there are {len(names)}: {', '.join(names)}",
+            f"set it to at most {len(names) - 1}",
+        )
 
 
 @dataclass(frozen=True)

@@ -101,18 +101,18 @@ class _Line:
     def __init__(self, lines: _Lines, title: str, total: int) -> None:
         self.lines, self.title, self.total = lines, title, total
         self.done = 0
-        self.first: int | None = None
+        self.first: tuple[int, float] | None = None  # units and time that the speed is counted from
         self.began = self.said = time.monotonic()
 
     def advance(self, detail: str = "") -> None:
+        self.first = self.first or (0, self.began)
         self.at(self.done + 1, detail)
 
     def at(self, done: int, detail: str = "") -> None:
-        if self.first is None:
-            self.first = self.done
         self.done, now = done, time.monotonic()
-        if now - self.said < LOG_EVERY_S or done <= self.first:
+        first, since = self.first = self.first or (done, now)
+        if now - self.said < LOG_EVERY_S or done <= first:
             return
         self.said = now
-        eta_s = (now - self.began) / (done - self.first) * (self.total - done)
+        eta_s = (now - since) / (done - first) * (self.total - done)
         self.lines.note(f"{self.title}: {done}/{self.total}, eta {eta_s:.0f} s {detail}".rstrip())

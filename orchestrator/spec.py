@@ -49,6 +49,8 @@ def parse_run(raw: Mapping[str, Any]) -> Run:
         )
     _check_prompts(run)
     _check_accumulation(run)
+    _check_workers(run)
+    _check_best(run)
     return run
 
 
@@ -149,6 +151,32 @@ def _check_accumulation(run: Run) -> None:
             f"train.pairs_per_step is {train.pairs_per_step} over {workers} workers: {pairs} each",
             "lower it or raise train.pairs_per_step",
         )
+
+
+def _check_workers(run: Run) -> None:
+    fewest, workers = run.cluster.min_workers, run.cluster.workers
+    if fewest is not None and fewest > workers:
+        raise UserError(
+            f"cluster.min_workers is {fewest}, more than the workers asked for",
+            f"cluster.workers is {workers}",
+            "lower it or raise cluster.workers",
+        )
+
+
+def _check_best(run: Run) -> None:
+    """The best checkpoint is known and still there at the end."""
+    if not run.train.load_best_at_end:
+        return
+    if run.validate_.every == 0:
+        seen, do = "validate.every is 0, so that no checkpoint has a validation loss", "set validate.every"
+    elif not run.checkpoint.keep_best:
+        seen, do = "checkpoint.keep_best is false", "set checkpoint.keep_best: true"
+    elif run.checkpoint.every >= run.train.steps:
+        seen = f"checkpoint.every is {run.checkpoint.every}, and there are {run.train.steps} steps"
+        do = "lower checkpoint.every, so that there are checkpoints to choose from"
+    else:
+        return
+    raise UserError("train.load_best_at_end takes no effect", seen, do)
 
 
 # What people type for a setting that has no default.

@@ -13,6 +13,7 @@ from cluster.errors import UserError
 from cluster.registry import CHAMPION
 from cluster.storage import Storage
 
+_CLOCKS = ("loss_subject", "validation_loss_subject")  # one of them is in every row, and tells its step
 MIRROR_LIMIT_MIB = 64  # a larger artifact is named in MLflow, not copied there
 
 
@@ -78,6 +79,28 @@ class Mirrors:
                 self._failed.add(number)
 
 
+def mirror(said: Sequence[Mapping[str, Any]], mirrors: Mirrors, storage: Storage) -> None:
+    """Have mirrored what a run said, as its `events.jsonl` has it: figures of steps, validations, samples.
+
+    What is mirrored already may come again.
+    """
+    rows = [row for row in map(_row, said) if row]
+    if rows:
+        mirrors.metrics(rows)
+    for entry in said:
+        if entry["event"] == "sample" and storage.exists(entry["path"]):
+            mirrors.image("samples", storage.read(entry["path"]), entry["step"])
+
+
+def _row(entry: Mapping[str, Any]) -> dict[str, float | None]:
+    """The figures in an entry by the names that trackers show; empty where there are none."""
+    prefix = {"step": "", "validation": "validation_"}.get(entry["event"])
+    if prefix is None:
+        return {}
+    figures = {key: value for key, value in entry.items() if key not in ("event", "time", "step")}
+    return {"step": entry["step"]} | {prefix + key: value for key, value in figures.items()}
+
+
 def tracking_uri(storage: Storage, setting: str | None) -> str:
     """The MLflow URI of a run: the setting, else MLFLOW_TRACKING_URI, else SQLite in the storage root.
 
@@ -89,6 +112,9 @@ def tracking_uri(storage: Storage, setting: str | None) -> str:
 
 class MlflowTracker:
     """One MLflow run; goes on with `run_id` when there is one, so a restart does not make a second.
+
+    Figures of a step that the run has already are not logged again. Meanwhile MLflow's own thread logs what the
+    machine of this process is busy with (`system/...`).
 
     Args:
         uri: Tracking URI.
@@ -117,20 +143,23 @@ class MlflowTracker:
         from mlflow import MlflowClient
         from mlflow.entities import Metric, Param, RunTag
         from mlflow.exceptions import MlflowException
+        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
         logging.getLogger("mlflow").setLevel(logging.WARNING)  # it tells of every table it creates
         self._metric = Metric
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")  # its own 7 take minutes to give up
         try:
             self.client = MlflowClient(tracking_uri=uri, registry_uri=uri)
-            if run_id and self._goes_on(run_id):
-                return
-            self.run_id = self._create(uri, experiment, storage, run_name)
-            self.client.log_batch(
-                self.run_id,
-                params=[Param(key, str(value)[:6000]) for key, value in params.items()],
-                tags=[RunTag(key, value) for key, value in tags.items()],
-            )
+            if not (run_id and self._goes_on(run_id)):
+                self.run_id = self._create(uri, experiment, storage, run_name)
+                self.client.log_batch(
+                    self.run_id,
+                    params=[Param(key, str(value)[:6000]) for key, value in params.items()],
+                    tags=[RunTag(key, value) for key, value in tags.items()],
+                )
+            self._last = {metric: self._last_step(metric) for metric in _CLOCKS}
+            self._system = SystemMetricsMonitor(self.run_id, resume_logging=True, tracking_uri=uri)
+            self._system.start()
         except MlflowException as error:
             raise UserError(
                 f"MLflow at {uri} cannot be used", str(error).splitlines()[0], "check track.mlflow"
@@ -154,13 +183,20 @@ class MlflowTracker:
         made = found.experiment_id if found else self.client.create_experiment(experiment, location)
         return str(self.client.create_run(made, run_name=run_name).info.run_id)
 
+    def _last_step(self, metric: str) -> int:
+        """The last step that the run has a metric of."""
+        return max((m.step for m in self.client.get_metric_history(self.run_id, metric)), default=0)
+
     def metrics(self, rows: Sequence[Mapping[str, float | None]]) -> None:
         now_ms = int(time.time() * 1000)
-        values = [
-            self._metric(key, value, now_ms, int(row["step"] or 0))
-            for row in rows
-            for key, value in _figures(row)
-        ]
+        values: list[Any] = []
+        for row in rows:
+            [clock], step = [key for key in _CLOCKS if key in row], int(row["step"] or 0)
+            if step > self._last[clock]:
+                # the clock last: should a call be cut off, the step it belongs to comes again
+                figures = sorted(_figures(row), key=lambda figure: figure[0] == clock)
+                values += [self._metric(key, value, now_ms, step) for key, value in figures]
+                self._last[clock] = step
         for start in range(0, len(values), 1000):  # MLflow's limit per call
             self.client.log_batch(self.run_id, metrics=values[start : start + 1000])
 
@@ -171,7 +207,10 @@ class MlflowTracker:
             self.client.log_artifact(self.run_id, str(file), "samples")
 
     def finish(self, state: str) -> None:
-        status = {"succeeded": "FINISHED", "cancelled": "KILLED"}.get(state, "FAILED")
+        status = {"succeeded": "FINISHED", "cancelled": "KILLED", "interrupted": "KILLED"}.get(
+            state, "FAILED"
+        )
+        self._system.finish()
         self.client.set_terminated(self.run_id, status)
 
     def register(self, name: str, version: str, storage: Storage, path: str) -> str:
@@ -235,7 +274,8 @@ class TensorBoardTracker:
                 "pip install 'raybooth[tensorboard]'",
             ) from error
 
-        self.writer = SummaryWriter(str(folder))
+        # a run that goes on is written again from its first step, in place of what is there
+        self.writer = SummaryWriter(str(folder), purge_step=0)
 
     def metrics(self, rows: Sequence[Mapping[str, float | None]]) -> None:
         for row in rows:

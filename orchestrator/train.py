@@ -1,10 +1,13 @@
 """This file is where `raybooth train` starts: a run is prepared, its version found, and its campaign begun."""
 
 from cluster.registry import Registry
+from cluster.session import resolve_address, sees_gpu
 from cluster.storage import Storage
 from orchestrator.campaign import Campaign, Outcome
+from orchestrator.fits import Room, check_memory
 from orchestrator.prepare import Destination, Prepared, destination, one_at_a_time, prepare
 from orchestrator.progress import Stages
+from orchestrator.signals import Signals
 from training.recipe import Run
 
 
@@ -24,9 +27,18 @@ def train_subject(
         The outcome; a version that is there already is returned without work.
 
     Raises:
-        UserError: Something in the run cannot be used.
+        UserError: Something in the run cannot be used, or it does not fit into memory.
         SystemFailure: The run failed; the same command goes on.
+        Interrupted: SIGTERM; with a checkpoint, if there was anything to save.
     """
+    signals = Signals()
+    with signals.heard():
+        return _train(run, storage, stages, address, new_version, signals)
+
+
+def _train(
+    run: Run, storage: Storage, stages: Stages, address: str | None, new_version: bool, signals: Signals
+) -> Outcome:
     storage.check_writable()
     prepared = prepare(run, storage)
     for note in prepared.notes:
@@ -37,7 +49,10 @@ def train_subject(
             return _finished_before(storage, prepared, goal)
         if goal.state == "unfinished":
             stages.note(f"{prepared.name} {goal.version} was not finished: going on with it")
-        return Campaign(storage, stages, prepared, goal).run(address)
+        if resolve_address(address) is None:  # else workers run on machines that are not known yet
+            device = "cuda" if sees_gpu() and run.cluster.gpus_per_worker != 0 else "cpu"
+            check_memory(prepared.base, run, device, Room.here(device))
+        return Campaign(storage, stages, prepared, goal, signals).run(address)
 
 
 def _finished_before(storage: Storage, prepared: Prepared, goal: Destination) -> Outcome:

@@ -14,7 +14,7 @@ from orchestrator.cli import app
 from training.recipe import Recipe, Run, with_defaults
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = [ROOT / "README.md", ROOT / "docs" / "guide.md"]
+DOCUMENTS = [ROOT / "README.md", ROOT / "docs" / "guide.md", ROOT / "docs" / "reliability.md"]
 
 
 def commands() -> list[str]:

@@ -47,13 +47,15 @@ class Batches:
         subject, of_class = latent_table(lease.subject_latents), latent_table(lease.class_latents)
         if subject is None:
             raise SystemFailure(f"the lease of {lease.name} has no latents")
+        held_out = run.data.holdout * run.data.images_per_photo
         plan = DataPlan(
             seed=run.train.seed,
-            subject_rows=len(subject),
+            subject_rows=len(subject) - held_out,
             class_rows=len(of_class) if of_class else 0,
             pairs_per_step=run.train.pairs_per_step,
             num_timesteps=NoiseSchedule.from_config(base.scheduler).num_timesteps,
             prior_weight=run.prior.weight,
+            held_out=held_out,
         )
         pairs = plan.pairs_per_rank(world)
         if run.train.accumulation > pairs:
@@ -80,6 +82,13 @@ class Batches:
         edges = [each * (pairs * number // self.per_step) for number in range(self.per_step + 1)]
         for start, end in pairwise(edges):
             yield self._batch(rows[start:end])
+
+    def of_validation(self, samples: int) -> Iterator[PairBatch]:
+        """This rank's batches of a validation of `samples` pairs, none larger than a micro-batch of a step."""
+        rows = self.plan.validation_rows(samples, self.rank, self.world)
+        each = len(self.plan.roles) * max(1, self.plan.pairs_per_rank(self.world) // self.per_step)
+        for start in range(0, len(rows), each):
+            yield self._batch(rows[start : start + each])
 
     def _batch(self, rows: Sequence[PlanRow]) -> PairBatch:
         role = torch.tensor([int(row.role) for row in rows])

@@ -1,14 +1,15 @@
 """This file is where a run's state is saved and found again: what a restart goes on from.
 
-One safetensors of the trained parameters (`p/NAME`) and their Adam moments (`m/NAME`, `v/NAME`), whole and fp32,
-whatever the number of workers and the ZeRO stage were. Everything else (lr, order of images, noise) is a function of
-the step, so nothing else is saved.
+One safetensors of the trained parameters (`p/NAME`), their Adam moments (`m/NAME`, `v/NAME`) and their moving average
+(`e/NAME`, when there is one), whole and fp32, whatever the number of workers and the ZeRO stage were. Everything else
+(lr, order of images, noise) is a function of the step, so nothing else is saved.
 """
 
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -18,6 +19,7 @@ from cluster.errors import SystemFailure
 from cluster.storage import Storage
 
 FILE = "state.safetensors"
+ROWS = "figures.jsonl"  # beside the checkpoints: the figures of the steps that they have behind them
 FORMAT = 1
 _PREFIX = "step_"
 
@@ -32,6 +34,13 @@ class State:
     parameters: Tensors
     first_moments: Tensors
     second_moments: Tensors
+    average: Tensors | None = None
+    """Of the parameters; `None` when none is kept."""
+
+    @property
+    def weights(self) -> Tensors:
+        """What would be published: the average, when there is one."""
+        return self.parameters if self.average is None else self.average
 
 
 def checkpoints_path(run_path: str) -> str:
@@ -46,21 +55,76 @@ def steps_saved(storage: Storage, run_path: str) -> list[int]:
     return sorted(int(n[len(_PREFIX) :]) for n in names if storage.manifest(f"{folder}/{n}") is not None)
 
 
-def save(storage: Storage, run_path: str, state: State, fingerprint: str, keep: int) -> None:
-    """Publish `state`, then delete all but the newest `keep` checkpoints. Only one rank calls this."""
+def save(
+    storage: Storage,
+    run_path: str,
+    state: State,
+    fingerprint: str,
+    keep: int,
+    keep_best: bool = True,
+    facts: Mapping[str, Any] | None = None,
+) -> None:
+    """Publish `state`, then delete all but the newest `keep` checkpoints and the best. Only one rank calls this.
+
+    Args:
+        storage: Root that holds the run.
+        run_path: `runs/NAME/VERSION`.
+        state: What to save.
+        fingerprint: Of the recipe that trains.
+        keep: Newest checkpoints to keep.
+        keep_best: Whether to keep the one with the lowest validation loss besides.
+        facts: Further keys of the manifest: `validation_loss` (`None` where it is no candidate), `world`, `zero_stage`.
+
+    Raises:
+        SystemFailure: It cannot be written; nothing of it is visible.
+    """
     groups = {"p": state.parameters, "m": state.first_moments, "v": state.second_moments}
+    groups |= {"e": state.average} if state.average is not None else {}
     tensors = {f"{group}/{name}": t for group, named in groups.items() for name, t in named.items()}
     meta = {
         "kind": "raybooth-checkpoint",
         "format": FORMAT,
         "step": state.step,
         "fingerprint": fingerprint,
+        **(facts or {}),
     }
-    with tempfile.TemporaryDirectory(prefix="raybooth-") as scratch:
-        save_file(tensors, Path(scratch) / FILE)
-        storage.publish(Path(scratch), _at(run_path, state.step), meta)
+    path = _at(run_path, state.step)
+    try:
+        with tempfile.TemporaryDirectory(prefix="raybooth-") as scratch:
+            save_file(tensors, Path(scratch) / FILE)
+            storage.publish(Path(scratch), path, meta)
+    except (OSError, SafetensorError) as error:
+        raise SystemFailure(
+            f"the checkpoint {storage.full(path)} could not be written", str(error)
+        ) from error
+    spared = {step for _, step in ranked(storage, run_path, fingerprint)[:1]} if keep_best else set()
     for step in steps_saved(storage, run_path)[:-keep]:
-        storage.remove(_at(run_path, step))
+        if step not in spared:
+            storage.remove(_at(run_path, step))
+
+
+def ranked(storage: Storage, run_path: str, fingerprint: str) -> list[tuple[float, int]]:
+    """Validation loss and step of the checkpoints that have one, the lowest first; of equal ones the earliest."""
+    steps = steps_saved(storage, run_path)
+    manifests = [(step, storage.manifest(_at(run_path, step)) or {}) for step in steps]
+    return sorted(
+        (float(manifest["validation_loss"]), step)
+        for step, manifest in manifests
+        if manifest.get("fingerprint") == fingerprint and manifest.get("validation_loss") is not None
+    )
+
+
+def best(
+    storage: Storage, run_path: str, fingerprint: str, below: float, note: Callable[[str], None]
+) -> tuple[float, State] | None:
+    """The whole checkpoint with the lowest validation loss, and that loss, if it is less than `below`.
+
+    `note` is told of each one that had to be skipped.
+    """
+    for loss, step in ranked(storage, run_path, fingerprint):
+        if loss < below and (state := _whole(storage, run_path, step, fingerprint, note)):
+            return loss, state
+    return None
 
 
 def load(storage: Storage, run_path: str, step: int, fingerprint: str) -> State:
@@ -79,9 +143,10 @@ def load(storage: Storage, run_path: str, step: int, fingerprint: str) -> State:
         except (OSError, SafetensorError) as error:
             raise SystemFailure(f"{storage.full(path)}/{FILE} cannot be read", str(error)) from error
     split = {
-        group: {name[2:]: t for name, t in tensors.items() if name.startswith(f"{group}/")} for group in "pmv"
+        group: {name[2:]: t for name, t in tensors.items() if name.startswith(f"{group}/")}
+        for group in "pmve"
     }
-    return State(step, split["p"], split["m"], split["v"])
+    return State(step, split["p"], split["m"], split["v"], split["e"] or None)
 
 
 def latest(storage: Storage, run_path: str, fingerprint: str, note: Callable[[str], None]) -> State | None:
@@ -93,18 +158,26 @@ def latest(storage: Storage, run_path: str, fingerprint: str, note: Callable[[st
         fingerprint: Of the recipe that trains.
         note: Told, for people, of each one that had to be skipped.
     """
-    for step in reversed(steps_saved(storage, run_path)):
-        try:
-            return load(storage, run_path, step, fingerprint)
-        except SystemFailure as error:
-            note(f"the checkpoint of step {step} is skipped: {error}")
-    return None
+    steps = reversed(steps_saved(storage, run_path))
+    found = (_whole(storage, run_path, step, fingerprint, note) for step in steps)
+    return next((state for state in found if state is not None), None)
 
 
 def delete(storage: Storage, run_path: str) -> None:
-    """Delete every checkpoint of a run."""
+    """Delete what a run would go on from: every checkpoint, and the figures that the log has by now."""
     storage.remove(checkpoints_path(run_path))
+    storage.remove(f"{run_path}/{ROWS}")
 
 
 def _at(run_path: str, step: int) -> str:
     return f"{checkpoints_path(run_path)}/{_PREFIX}{step:06d}"
+
+
+def _whole(
+    storage: Storage, run_path: str, step: int, fingerprint: str, note: Callable[[str], None]
+) -> State | None:
+    try:
+        return load(storage, run_path, step, fingerprint)
+    except SystemFailure as error:
+        note(f"the checkpoint of step {step} is skipped: {error}")
+        return None

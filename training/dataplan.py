@@ -17,6 +17,9 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float32]
 
+# Pairs from here on are those of the validation: no training comes so far, 10^6 steps of 4096 pairs are 2^32
+VALIDATION = 2**40
+
 
 class Role(IntEnum):
     """What a row teaches: the subject, or that the class stays what it was."""
@@ -66,13 +69,15 @@ class DataPlan:
 
     seed: int
     subject_rows: int
-    """Rows of the subject's latent table."""
+    """Rows of the subject's latent table that are trained, the first ones."""
     class_rows: int
     """Rows of the class's latent table; 0 trains without prior preservation."""
     pairs_per_step: int
     """Pairs in a step, over all ranks together."""
     num_timesteps: int
     prior_weight: float
+    held_out: int = 0
+    """Rows of the subject's latent table after those: the validation has them. 0 has it use the trained ones."""
 
     @property
     def roles(self) -> tuple[Role, ...]:
@@ -108,6 +113,31 @@ class DataPlan:
                 sample_index=sample,
                 weight=share if real else 0.0,
                 timestep=int(_generator(self.seed, _Stream.TIMESTEP, sample).integers(self.num_timesteps)),
+            )
+
+    def validation_rows(self, samples: int, rank: int, world: int) -> list[PlanRow]:
+        """This rank's rows of a validation of `samples` pairs, pair by pair: always the same, whatever the step is.
+
+        Images take turns, timesteps are the middles of `samples` equal parts of the schedule. Weights are as in a step,
+        and every rank gets as many rows.
+        """
+        places = range(rank, -(-samples // world) * world, world)
+        return [row for place in places for row in self._validation_pair(place, samples)]
+
+    def _validation_pair(self, place: int, samples: int) -> Iterator[PlanRow]:
+        real = place < samples
+        number = place if real else 0
+        for role in self.roles:
+            subject = role is Role.SUBJECT
+            first = self.subject_rows if subject and self.held_out else 0
+            count = (self.held_out or self.subject_rows) if subject else self.class_rows
+            share = (1.0 if subject else self.prior_weight) / samples
+            yield PlanRow(
+                role=role,
+                table_row=first + number % count,
+                sample_index=2 * (VALIDATION + number) + role,
+                weight=share if real else 0.0,
+                timestep=(2 * number + 1) * self.num_timesteps // (2 * samples),
             )
 
     def noise(self, sample_index: int, shape: tuple[int, ...]) -> Array:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from cluster.errors import UserError
 from training.lora import FILE as LORA_FILE
@@ -128,7 +129,10 @@ class Drawer:
                     on_step(before + step, sum(lengths))
 
             latents = self._denoise([requests[i] for i in chunk], [tables[i] for i in chunk], texts, report)
-            images |= {i: self._pixels(row) for i, row in zip(chunk, latents, strict=False)}
+            images |= {
+                i: pixels(self.vae, row, self.base.scaling_factor)
+                for i, row in zip(chunk, latents, strict=False)
+            }
         return [images[i] for i in range(len(requests))]
 
     def _denoise(
@@ -180,11 +184,12 @@ class Drawer:
         ids = {p: token_ids(self.tokenizer, [p], self.base.token_limit) for p in sorted(prompts)}
         return {prompt: encode_text(self.text_encoder, row.to(self.device)) for prompt, row in ids.items()}
 
-    def _pixels(self, latents: torch.Tensor) -> NDArray[np.uint8]:
-        """The image [height, width, 3] uint8 of one row [C, H, W], rounded as diffusers rounds."""
-        image = decode_latents(self.vae, latents[None], self.base.scaling_factor)[0]
-        unit = (image / 2 + 0.5).clamp(0, 1).permute(1, 2, 0).float().cpu().numpy()
-        return (unit * 255).round().astype(np.uint8)
+
+def pixels(vae: nn.Module, latents: torch.Tensor, scaling_factor: float) -> NDArray[np.uint8]:
+    """The image [height, width, 3] uint8 of one row [C, H, W] of scaled latents, rounded as diffusers rounds."""
+    image = decode_latents(vae, latents[None], scaling_factor)[0]
+    unit = (image / 2 + 0.5).clamp(0, 1).permute(1, 2, 0).float().cpu().numpy()
+    return (unit * 255).round().astype(np.uint8)
 
 
 def _at(table: SamplerTable, step: int) -> tuple[int, float, NDArray[np.float64]]:

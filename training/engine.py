@@ -8,8 +8,8 @@ the norm.
 import logging
 import os
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, cast
@@ -18,10 +18,14 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from training.checkpoint import State
+from cluster.errors import UserError
+from training.average import Average
+from training.checkpoint import State, Tensors
 from training.module import TEXT_ENCODER, UNET, DreamBoothModule
 from training.objective import PairBatch
+from training.rates import learning_rate
 from training.recipe import Engine, Train
+from training.wish import Wish
 
 # Elements in one reduction, DeepSpeed's default; smaller models need no more than theirs.
 LARGEST_BUCKET = 500_000_000
@@ -57,17 +61,28 @@ class StepReport:
     step: int
     """Steps done, this one included."""
     figures: torch.Tensor
-    """float32 [3]: loss of the subject, loss of the class, gradient norm before clipping; over all ranks."""
+    """float32 [5], over all ranks: loss of the subject, loss of the class, gradient norm before clipping, how many
+    ranks wish a checkpoint, how many wish to leave."""
     lr: float
     lr_text: float | None
     """`None` when the text encoder is not trained."""
 
 
 def zero_stage(engine: Engine, train: Train, world: int) -> int:
-    """The ZeRO stage of a run: `auto` is 0 for one worker or LoRA, where sharding only adds a copy, else 2."""
-    if engine.zero_stage != "auto":
-        return engine.zero_stage
-    return 0 if world == 1 or train.method == "lora" else 2
+    """The ZeRO stage of a run: `auto` is 0 for one worker or LoRA, where sharding only adds a copy, else 2.
+
+    Raises:
+        UserError: The optimizer is to be offloaded at stage 0, which cannot.
+    """
+    if engine.zero_stage == "auto":
+        return 0 if (world == 1 or train.method == "lora") and not engine.offload else 2
+    if engine.offload and engine.zero_stage == 0:
+        raise UserError(
+            "engine.offload needs a sharded optimizer",
+            "engine.zero_stage is 0",
+            "set engine.zero_stage to auto, 1, 2 or 3, or engine.offload to false",
+        )
+    return engine.zero_stage
 
 
 def compute_type(engine: Engine, device: torch.device) -> torch.dtype | None:
@@ -76,20 +91,16 @@ def compute_type(engine: Engine, device: torch.device) -> torch.dtype | None:
     return torch.bfloat16 if engine.precision == "bf16" or (engine.precision == "auto" and has_bf16) else None
 
 
-def learning_rate(lr: float, step: int, warmup_steps: int) -> float:
-    """The learning rate of step `step` (from 0): constant after a linear warm-up."""
-    return lr * min(1.0, (step + 1) / (warmup_steps + 1))
-
-
 class TrainingEngine:
     """A module, its optimizer and the collectives between them. Every method is called by all ranks together.
 
     Args:
         module: Trained in place; its parameters are on the device.
-        train: Learning rates, clipping, weight decay.
+        train: Learning rates, clipping, weight decay, averaging.
         stage: ZeRO stage.
         micro_batches: Batches per step.
         state: What to go on from; `None` starts as the module is.
+        offload: Keep masters and moments in the memory of the CPU and update there; stages 1 to 3.
 
     The process group exists already; whoever made it ends it.
     """
@@ -101,6 +112,7 @@ class TrainingEngine:
         stage: int,
         micro_batches: int,
         state: State | None = None,
+        offload: bool = False,
     ) -> None:
         self.module = module
         self._train = train
@@ -134,31 +146,39 @@ class TrainingEngine:
                     "stage": stage,
                     "reduce_bucket_size": bucket,
                     "allgather_bucket_size": bucket,
+                    **({"offload_optimizer": {"device": "cpu", "pin_memory": True}} if offload else {}),
                 },
+                "zero_force_ds_cpu_optimizer": False,  # its own is compiled, minutes the first time
                 "timers": {"throughput": {"enabled": False}},  # it waits for the device at every step
                 "steps_per_print": None,
             },
         )
+        saved = state.average if state else None
+        self._average = Average(self._named, train.ema_decay, saved) if train.ema_decay else None
         if stage == 0:
             # DeepSpeed's walks the tree of modules: 3 % of a step
             self._engine.zero_grad = self._adam.zero_grad
         if stage == 0 and self._world == 1:
             self._engine.enable_backward_allreduce = False  # it would copy every gradient twice for nothing
 
-    def step(self, step: int, batches: Sequence[PairBatch]) -> StepReport:
+    def step(self, step: int, batches: Sequence[PairBatch], wish: Wish = Wish.NONE) -> StepReport:
         """Step `step` (from 0): this rank's micro-batches forward and back, then one update.
 
         Args:
             step: Decides the learning rates.
             batches: As many as the engine was made for, on the device.
+            wish: This rank's, told to all with the figures.
         """
         if self._restore:
             self._restore_moments(self._restore, batches)
-        lrs = [learning_rate(lr, step, self._train.warmup_steps) for lr in self._lrs]
-        return StepReport(step + 1, self._update(batches, lrs), lrs[0], lrs[-1] if self._has_text else None)
+        lrs = [learning_rate(lr, step, self._train) for lr in self._lrs]
+        figures = self._update(batches, lrs, wish)
+        if self._average is not None:
+            self._average.update(step)
+        return StepReport(step + 1, figures, lrs[0], lrs[-1] if self._has_text else None)
 
     def state(self, step: int) -> State:
-        """Parameters and moments, whole and fp32, the same on every rank; valid until the next step."""
+        """Parameters, moments and average, whole and fp32, the same on every rank; valid until the next step."""
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         if self._stage == 0:
@@ -172,24 +192,40 @@ class TrainingEngine:
                 {name: safe_get_full_optimizer_state(p, key) for name, p in self._named.items()}
                 for key in _MOMENTS
             ]
-        return State(step, parameters, moments[0], moments[1])
+        return State(step, parameters, moments[0], moments[1], self._whole_average())
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """A context in which the module holds the weights that would be published and computes no gradient.
+
+        Afterwards everything is what it was, to the bit.
+        """
+        self._forget_order()
+        self.module.eval()
+        with torch.no_grad(), self._average.in_place() if self._average else nullcontext():
+            yield
+        self.module.train()
+        self._forget_order()
 
     def gathered(self) -> AbstractContextManager[Any]:
         """A context in which the module's parameters are whole on every rank."""
-        if self._stage < 3:
-            return nullcontext()
-        gather = self._deepspeed.zero.GatheredParameters(list(self.module.parameters()), modifier_rank=None)
-        return cast(AbstractContextManager[Any], gather)
+        return self._gathered(self.module.parameters())
+
+    def load(self, weights: Tensors) -> None:
+        """Put other weights into the trained parameters, which are whole, to be published; no step follows."""
+        _load_parameters(self._named, weights)
 
     def close(self) -> None:
         """Take DeepSpeed's hooks off the module and let go of its buffers."""
         self._engine.destroy()
 
-    def _update(self, batches: Sequence[PairBatch], lrs: Sequence[float]) -> torch.Tensor:
+    def _update(self, batches: Sequence[PairBatch], lrs: Sequence[float], wish: Wish) -> torch.Tensor:
         """One optimizer step at the given learning rates; returns the figures of a `StepReport`."""
         for group, lr in zip(self._adam.param_groups, lrs, strict=True):
             group["lr"] = lr
-        figures = torch.zeros(3, device=batches[0].latents.device)
+        figures = torch.zeros(5, device=batches[0].latents.device)
+        if wish:
+            figures[2 + wish] = 1.0
         for number, batch in enumerate(batches, start=1):
             loss, subject, of_class = self._engine(batch)
             # the parts of micro-batches and ranks add up, DeepSpeed would average over ranks
@@ -197,13 +233,11 @@ class TrainingEngine:
             figures[:2] += torch.stack((subject, of_class))
             if number < len(batches):
                 self._engine.step()  # counts the micro-batch
-        if self._stage == 0:
-            figures[2] = self._clip()
+        norm = self._clip() if self._stage == 0 else None
         self._engine.step()
-        if self._stage:
-            figures[2] = self._engine.get_global_grad_norm()
         if self._world > 1:
-            dist.all_reduce(figures[:2])
+            dist.all_reduce(figures)
+        figures[2] = self._engine.get_global_grad_norm() if norm is None else norm
         return figures
 
     def _clip(self) -> torch.Tensor:
@@ -218,6 +252,25 @@ class TrainingEngine:
             self._adam.grad_scale = scale  # type: ignore[attr-defined]
         return norm
 
+    def _gathered(self, parameters: Iterable[nn.Parameter]) -> AbstractContextManager[Any]:
+        if self._stage < 3:
+            return nullcontext()
+        gather = self._deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=None)
+        return cast(AbstractContextManager[Any], gather)
+
+    def _whole_average(self) -> Tensors | None:
+        if self._average is None:
+            return None
+        with self.evaluating(), self._gathered(self._named.values()):
+            return {name: p.detach().clone() for name, p in self._named.items()}
+
+    def _forget_order(self) -> None:
+        """Let ZeRO-3 learn anew in which order modules run, from which it fetches parameters ahead."""
+        if self._stage == 3:
+            coordinator = self._engine.optimizer.parameter_offload.get_param_coordinator()
+            if not coordinator.is_invalid_trace():
+                coordinator._invalidate_trace()
+
     def _link_moments(self) -> None:
         """Let DeepSpeed find the moments of every parameter group; by itself it looks once, after the first group."""
         if self._stage in (1, 2):
@@ -229,7 +282,7 @@ class TrainingEngine:
         from deepspeed.utils import safe_set_full_optimizer_state
 
         self._restore = None
-        self._update(batches, [0.0] * len(self._lrs))
+        self._update(batches, [0.0] * len(self._lrs), Wish.NONE)
         self._link_moments()
         for key, saved in zip(_MOMENTS, (state.first_moments, state.second_moments), strict=True):
             for name, p in self._named.items():

@@ -1,24 +1,42 @@
 """This file is where Ray Train enters: workers that train together, base resident, one run after another.
 
-Ray Train gives placement, the process group and restarts, and nothing else: its report and its checkpoints belong to
-the job and not to a run, so runs have their own (mailbox, `training/checkpoint.py`).
+Ray Train gives placement, the process group, restarts, resizing and the notice that a node is taken away, and nothing
+else: its report and its checkpoints belong to the job and not to a run, so runs have their own (mailbox,
+`training/checkpoint.py`).
 """
 
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import ray.train
 import torch
 import torch.distributed as dist
+from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
+    get_or_create_autoscaling_coordinator,
+)
+from ray.exceptions import RayError
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
+from ray.train.v2._internal.execution.callback import ControllerCallback
+from ray.train.v2._internal.execution.context import get_train_context
+from ray.train.v2._internal.execution.controller.state import ResizingState
 
 from cluster.errors import RayboothError
-from cluster.mailbox import MailboxClient, connect, failure
+from cluster.mailbox import LEAVE, MailboxClient, connect, failure
+from training.listener import Listener
+from training.wish import no_wish
+
+RESIZE_EVERY_S = 10.0  # how often an elastic gang looks for more room
+LEAVE_S = 20.0  # that the workers of an elastic gang get to save before it is resized
+ASK_S = 5.0  # for an answer of Ray's own actors
+
+
+class Left(Exception):
+    """The gang has left its run on purpose and starts again: elsewhere, or with another number of workers."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +46,8 @@ class GangShape:
     workers: int = 1
     cpus_per_worker: int = 1
     gpus_per_worker: float = 0.0
+    min_workers: int | None = None
+    """Fewest workers it starts or goes on with while there is no room for `workers`; `None` waits for all."""
 
 
 def run_gang(mailbox_name: str, shape: GangShape, scratch: str | None = None) -> None:
@@ -36,24 +56,27 @@ def run_gang(mailbox_name: str, shape: GangShape, scratch: str | None = None) ->
     Args:
         mailbox_name: Of the campaign's mailbox.
         shape: Number and size of the workers.
-        scratch: A folder (of all nodes, if there are several) for Ray Train's own notes, of which nothing is read
-            again; `None` takes a temporary one.
+        scratch: A folder of all nodes, or a URI, for Ray Train's own notes, of which nothing is read again; `None`
+            takes a temporary folder of this node.
     """
+    elastic = shape.min_workers is not None and shape.min_workers < shape.workers
     with tempfile.TemporaryDirectory(prefix="raybooth-gang-") as temporary:
         trainer = TorchTrainer(
             _work,
             train_loop_config={"mailbox": mailbox_name, **asdict(shape)},
             torch_config=TorchConfig(backend="nccl" if shape.gpus_per_worker else "gloo"),
             scaling_config=ScalingConfig(
-                num_workers=shape.workers,
+                num_workers=(shape.min_workers, shape.workers) if elastic else shape.workers,
+                elastic_resize_monitor_interval_s=RESIZE_EVERY_S,
                 use_gpu=shape.gpus_per_worker > 0,
                 resources_per_worker=_resources(shape),
             ),
             run_config=RunConfig(
                 name=mailbox_name,
-                storage_path=str(Path(scratch or temporary).absolute()),
+                storage_path=scratch or temporary,
                 # without limit: the mailbox gives up on a run, not Ray on the gang
-                failure_config=FailureConfig(max_failures=-1),
+                failure_config=FailureConfig(max_failures=-1, max_preemption_failures=-1),
+                callbacks=[_Resizing(mailbox_name)] if elastic else None,
                 logging_config=LoggingConfig(log_level="ERROR"),
                 worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": str(shape.cpus_per_worker)}},
             ),
@@ -64,6 +87,32 @@ def run_gang(mailbox_name: str, shape: GangShape, scratch: str | None = None) ->
 def _resources(shape: GangShape) -> dict[str, float]:
     cpus = {"CPU": float(shape.cpus_per_worker)}
     return {**cpus, "GPU": shape.gpus_per_worker} if shape.gpus_per_worker else cpus
+
+
+class _Resizing(ControllerCallback):  # type: ignore[misc]  # Ray has no types here
+    """What Ray's elasticity needs so that a resize costs no steps and a lost node no minutes. Runs in its controller.
+
+    Args:
+        mailbox_name: Of the campaign's mailbox.
+    """
+
+    def __init__(self, mailbox_name: str) -> None:
+        self._mailbox_name = mailbox_name
+
+    def before_controller_execute_failure_decision(self, failure_decision: Any) -> None:
+        """Have the nodes counted now: Ray does it every 20 s, and until then would wait for one that is gone."""
+        counted = get_or_create_autoscaling_coordinator().get_reserved_resources
+        with suppress(RayError):  # then it takes longer; raised here, it would end the gang
+            ray.get(counted.remote(self._mailbox_name, recompute=True), timeout=ASK_S)
+
+    def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
+        """Let the workers save and leave before they are ended for a resize."""
+        if isinstance(current_state, ResizingState):
+            mailbox = connect(self._mailbox_name)
+            if mailbox.ask(LEAVE):
+                mailbox.quiet(LEAVE_S)
+        elif current_state is previous_state:
+            time.sleep(0.5)  # with too few nodes Ray's controller asks again at once, and would burn a CPU
 
 
 def _work(config: Mapping[str, Any]) -> None:
@@ -77,13 +126,22 @@ def _work(config: Mapping[str, Any]) -> None:
     base: ResidentBase | None = None
     number = [mailbox.resume() if rank == 0 else 0]
     dist.broadcast_object_list(number, src=0)
+    listener = Listener(mailbox, _reclaimed) if rank == 0 else None
     while (lease := mailbox.take(number[0])) is not None:
         with _last_words(mailbox, number[0], rank):
             if base is None or base.info.revision != lease.base_revision:
                 base = ResidentBase.load(lease.base_model, lease.base_revision, device)
-            _train_leased(mailbox, number[0], lease, base, rank, world)
+            _train_leased(mailbox, number[0], lease, base, rank, world, listener)
         number[0] += 1
         dist.barrier()  # no rank is in the next run while another still uses this one's groups
+
+
+def _reclaimed() -> bool:
+    """Whether Ray was told that a node of this gang is taken away (a spot instance, a drained Kubernetes node).
+
+    Read where Ray puts it: the public `get_preemption_info` is a barrier of all workers, too dear for every step.
+    """
+    return get_train_context().preemption_context.preemption_info is not None
 
 
 def _device(gpus_per_worker: float) -> torch.device:
@@ -98,6 +156,8 @@ def _last_words(mailbox: MailboxClient, number: int, rank: int) -> Iterator[None
     """Report what this worker dies of, whichever rank it is: the gang restarts, and the cause would be lost."""
     try:
         yield
+    except Left:
+        raise
     except Exception as error:
         line, *_ = [*str(error).strip().splitlines(), "no message"]
         text = f"worker {rank}: {type(error).__name__}: {line}"
@@ -105,17 +165,38 @@ def _last_words(mailbox: MailboxClient, number: int, rank: int) -> Iterator[None
         raise
 
 
-def _train_leased(mailbox: MailboxClient, number: int, lease: Any, base: Any, rank: int, world: int) -> None:
-    """Train one lease; an error that every rank raises ends the run and not the gang."""
+def _train_leased(
+    mailbox: MailboxClient,
+    number: int,
+    lease: Any,
+    base: Any,
+    rank: int,
+    world: int,
+    listener: Listener | None,
+) -> None:
+    """Train one lease; an error that every rank raises ends the run and not the gang.
+
+    Raises:
+        Left: The run was left with a checkpoint.
+    """
     from training.loop import train_run
 
+    saved = 0
+
     def report(kind: str, payload: Any) -> None:
+        nonlocal saved
         if rank == 0:
+            saved = payload["step"] if kind == "checkpoint" else saved
             mailbox.report(number, rank, kind, payload)
 
+    if listener:
+        listener.begin()
     try:
-        metrics = train_run(lease, base, rank, world, report)
+        metrics = train_run(lease, base, rank, world, report, listener or no_wish)
     except RayboothError as error:
         report("failed", failure(error))
-    else:
-        report("published", {"metrics": metrics})
+        return
+    if metrics is None:
+        report("left", {"step": saved})
+        raise Left(f"saved at step {saved}")
+    report("published", {"metrics": metrics})

@@ -49,7 +49,9 @@ class Lease:
     identity: Mapping[str, Any]
     """Identifier, class noun, template, token ids: travels in the artifact."""
     meta: Mapping[str, Any] = field(default_factory=dict)
-    """Further keys of the artifact's manifest: `fingerprint`, `prior_key`."""
+    """Further keys: `fingerprint` and `prior_key` of the artifact's manifest, `subject_names` of the photos."""
+    sample_ids: Sequence[Sequence[int]] = ()
+    """Token ids of the empty prompt and of each of the sample grid; empty where no grid is drawn."""
 
     @property
     def recipe(self) -> Run:
@@ -60,6 +62,11 @@ class Lease:
     def prompts(self) -> list[list[int]]:
         """Token ids of the prompts that rows carry, by role."""
         return [list(ids) for ids in (self.subject_ids, self.class_ids) if ids]
+
+    def image_name(self, row: int) -> str:
+        """The photo that a row of the subject's latent table was made of, by name, else by number."""
+        names, photo = self.meta.get("subject_names", ()), row // self.recipe.data.images_per_photo
+        return str(names[photo]) if photo < len(names) else f"photo {photo}"
 
     @property
     def run_path(self) -> str:

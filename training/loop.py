@@ -2,26 +2,30 @@
 
 import copy
 import os
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from cluster.errors import SystemFailure
 from cluster.storage import Storage
 from training import checkpoint
-from training.artifact import Identity, artifact_meta, artifact_path, write_weights
+from training.artifact import artifact_path
 from training.batches import Batches
+from training.checkpoint import ROWS
+from training.dataplan import Role
 from training.engine import TrainingEngine, compute_type, zero_stage
-from training.figures import Figures, Report
+from training.figures import Figures, Report, rows_kept
 from training.lease import Lease
 from training.lora import attach
 from training.module import DreamBoothModule
 from training.pipeline import BaseInfo, load_text_encoder, load_unet, open_base
 from training.recipe import Run
 from training.schedule import NoiseSchedule
+from training.services import Services
+from training.wish import Wish, Wishes, no_wish
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,9 @@ class ResidentBase:
         return unet, text_encoder
 
 
-def train_run(lease: Lease, base: ResidentBase, rank: int, world: int, report: Report) -> dict[str, float]:
+def train_run(
+    lease: Lease, base: ResidentBase, rank: int, world: int, report: Report, wish: Wishes = no_wish
+) -> dict[str, float] | None:
     """Train a leased run and publish its artifact. Every rank of the gang calls this together.
 
     Args:
@@ -58,40 +64,45 @@ def train_run(lease: Lease, base: ResidentBase, rank: int, world: int, report: R
         base: The pristine base it starts from; left as it is.
         rank: This rank.
         world: Ranks.
-        report: Takes kind and payload of events: `started`, `steps`, `checkpoint`, `note`.
+        report: Takes kind and payload of events: `started {from_step, pid, workers, zero_stage}`, `steps [row...]`,
+            `validation {step, loss, loss_subject, loss_class}`, `sample {step, path}`,
+            `checkpoint {step, why, seconds}`, `note {text}`. Those of rank 0 are the run's.
+        wish: What this rank wishes; polled once per step.
 
     Returns:
-        The final losses, those of the artifact's manifest.
+        The final losses, those of the artifact's manifest; `None` when a rank wished to leave: the run goes on from
+        the checkpoint that was saved.
 
     Raises:
         UserError: The run diverges.
-        SystemFailure: It cannot be computed as asked.
+        SystemFailure: It cannot be computed as asked, or its artifact cannot be written.
     """
     run, storage = lease.recipe, Storage(lease.storage_uri)
+    rows = f"{lease.run_path}/{ROWS}"
     published = storage.manifest(artifact_path(lease.name, lease.version))
     if published and published["fingerprint"] == lease.fingerprint:
+        if told := rows_kept(storage, rows, run.train.steps):
+            report("steps", told)
         return dict(published["metrics"])  # the gang died between publishing and saying so
     state = _agreed_state(storage, lease, rank, report)
-    stage = zero_stage(run.engine, run.train, world)
+    start, stage = state.step if state else 0, zero_stage(run.engine, run.train, world)
     module = build_module(base, run, lease, stage)
     batches = Batches.of(lease, base.info, base.device, rank, world)
-    engine = TrainingEngine(module, run.train, stage, batches.per_step, state)
-    figures = Figures(report if rank == 0 else None)
-    start = state.step if state else 0
-    report("started", {"from_step": start, "pid": os.getpid()})
+    engine = TrainingEngine(module, run.train, stage, batches.per_step, state, run.engine.offload)
+    del state  # the engine lets go of it after its first step
+    images = partial(_image_names, lease, batches)
+    figures = Figures(report if rank == 0 else None, world, images, base.device)
+    figures.go_on(rows_kept(storage, rows, start) if rank == 0 else [])
+    services = Services(lease, storage, base.info, base.text_encoder, engine, batches, figures, stage, report)
+    report("started", {"from_step": start, "pid": os.getpid(), "workers": world, "zero_stage": stage})
     try:
         for step in range(start, run.train.steps):
-            figures.add(engine.step(step, list(batches.of_step(step))))
-            done = step + 1
-            if done % run.checkpoint.every == 0 and done < run.train.steps:
-                figures.check_finite()
-                _save(engine, storage, lease, run, done, rank, report)
-        figures.check_finite()
-        metrics = figures.final()
-        _publish(engine, storage, lease, run, base, metrics, rank)
+            asked = figures.take(engine.step(step, list(batches.of_step(step)), wish()))
+            if step + 1 < run.train.steps and services.after(step + 1, asked) is Wish.LEAVE:
+                return None
+        return services.finish()
     finally:
         engine.close()
-    return metrics
 
 
 def build_module(base: ResidentBase, run: Run, lease: Lease, stage: int) -> DreamBoothModule:
@@ -115,9 +126,7 @@ def build_module(base: ResidentBase, run: Run, lease: Lease, stage: int) -> Drea
         compute_type(run.engine, base.device),
     ).train()
     if run.engine.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()  # type: ignore[operator]
-        if module.text_encoder is not None:
-            text_encoder.activation_checkpointing_enable()  # type: ignore[operator]
+        module.recompute_activations()
     return module
 
 
@@ -130,42 +139,19 @@ def _agreed_state(storage: Storage, lease: Lease, rank: int, report: Report) -> 
     chosen = [state.step if state else 0]
     dist.broadcast_object_list(chosen, src=0)
     if rank and chosen[0]:
-        state = checkpoint.load(storage, path, chosen[0], fingerprint)
+        try:
+            state = checkpoint.load(storage, path, chosen[0], fingerprint)
+        except SystemFailure as error:
+            # no end of the run, as rank 0 could read it: this worker dies and the gang starts again
+            raise OSError(str(error)) from error
     return state
 
 
-def _save(
-    engine: TrainingEngine, storage: Storage, lease: Lease, run: Run, step: int, rank: int, report: Report
-) -> None:
-    state = engine.state(step)  # all ranks: it gathers
-    if rank == 0:
-        checkpoint.save(storage, lease.run_path, state, lease.fingerprint, run.checkpoint.keep)
-        report("checkpoint", {"step": step})
-
-
-def _publish(
-    engine: TrainingEngine,
-    storage: Storage,
-    lease: Lease,
-    run: Run,
-    base: ResidentBase,
-    metrics: dict[str, float],
-    rank: int,
-) -> None:
-    """Write the artifact (rank 0) while every rank holds the weights whole."""
-    with engine.gathered():
-        if rank:
-            return
-        meta = artifact_meta(
-            base.info,
-            run,
-            Identity.from_json(lease.identity),
-            lease.fingerprint,
-            lease.meta.get("prior_key"),
-            metrics,
-        )
-        with tempfile.TemporaryDirectory(prefix="raybooth-") as folder:
-            module = engine.module
-            text_encoder = base.text_encoder if module.text_encoder is None else module.text_encoder
-            write_weights(base.info, run, module.unet, text_encoder, Path(folder))
-            storage.publish(Path(folder), artifact_path(lease.name, lease.version), meta)
+def _image_names(lease: Lease, batches: Batches, step: int) -> str:
+    """The images of step `step` (from 1) for people, those of all ranks."""
+    rows = batches.plan.rows(step - 1, rank=0, world=1)
+    subject, of_class = ([row.table_row for row in rows if row.role is role] for role in Role)
+    names = dict.fromkeys(map(lease.image_name, subject)) | dict.fromkeys(
+        f"class image {n}" for n in of_class
+    )
+    return ", ".join(names)

@@ -66,7 +66,8 @@ def save_lora(unet: nn.Module, text_encoder: nn.Module | None, folder: Path, lor
             config = {"r": lora.rank, "lora_alpha": lora.alpha, "target_modules": sorted(layers)}
             metadata |= {f"{prefix}.{key}": value for key, value in config.items()}
     folder.mkdir(parents=True, exist_ok=True)
-    header = {"format": "pt", _METADATA: json.dumps(metadata, sort_keys=True)}
+    # one key: safetensors writes several in any order, and the same adapters should be the same bytes
+    header = {_METADATA: json.dumps(metadata, sort_keys=True)}
     save_file(tensors, folder / FILE, metadata=header)
 
 

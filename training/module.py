@@ -6,6 +6,7 @@ B rows, K prompts, C latent channels, H W latent size, L tokens, D text width.
 """
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import nn
@@ -63,10 +64,16 @@ class DreamBoothModule(nn.Module):
         }
         return {name: parameters for name, parameters in groups.items() if parameters}
 
+    def recompute_activations(self) -> None:
+        """Have the backward pass compute activations again instead of finding them kept: less memory, more time."""
+        self.unet.enable_gradient_checkpointing()  # type: ignore[operator]
+        if self.text_encoder is not None:
+            self.text_encoder.activation_checkpointing_enable()  # type: ignore[operator]
+
     def forward(self, batch: PairBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """This batch's part of the loss, and of the subject's and the class's term (see `dreambooth_loss`)."""
         noisy = self.schedule.add_noise(batch.latents, batch.noise, batch.timesteps)
-        with torch.autocast(noisy.device.type, self.autocast, enabled=self.autocast is not None):
+        with self.computing(noisy.device):
             text = self.text if self.text_encoder is None else encode_text(self.text_encoder, self.prompts)
             assert text is not None  # cached exactly when there is no encoder
             # each row looks up its own prompt, so neither the order of rows nor of roles can misalign them
@@ -74,3 +81,7 @@ class DreamBoothModule(nn.Module):
             prediction = predict(self.unet, noisy, batch.timesteps, text[row])
         target = self.schedule.target(batch.latents, batch.noise, batch.timesteps)
         return dreambooth_loss(row_losses(prediction, target), batch.weight, batch.role, self.prior_weight)
+
+    def computing(self, device: torch.device) -> AbstractContextManager[object]:
+        """The context of the forward pass."""
+        return nullcontext() if self.autocast is None else torch.autocast(device.type, self.autocast)

@@ -172,6 +172,14 @@ def empty_text_encoder(base: BaseInfo) -> nn.Module:
         return cast(nn.Module, CLIPTextModel(config))
 
 
+def empty_vae(base: BaseInfo) -> nn.Module:
+    """The base's VAE without weights, on the meta device."""
+    with torch.device("meta"):
+        return cast(
+            nn.Module, AutoencoderKL.from_config(read_json(base.path / "vae/config.json", base.model))
+        )
+
+
 def encode_text(text_encoder: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     """Hidden states of prompts [B, L, D], as `StableDiffusionPipeline` computes them.
 

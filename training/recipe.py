@@ -12,6 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_valida
 
 Method = Literal["lora", "full"]
 SamplerName = Literal["ddim", "dpm++2m"]
+LrScheduler = Literal["constant", "linear", "cosine", "polynomial"]
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # the ends of the names of a UNet's attention layers
 
 
@@ -93,6 +94,14 @@ class Data(_Section):
     """Also train on mirrored images. Off: text, logos and faces are not symmetric."""
     crop: Literal["center", "start", "end"] = "center"
     """Which square of a photo that is not square is used when `variants` is 1."""
+    holdout: int = Field(default=0, ge=0, le=1000)
+    """Photos kept from training, the last ones in order: the validation loss is theirs. 0 takes it on the photos that
+    are trained, with noise that is not."""
+
+    @property
+    def images_per_photo(self) -> int:
+        """Training images made of each photo."""
+        return self.variants * (2 if self.flip else 1)
 
 
 class TextEncoder(_Section):
@@ -136,6 +145,14 @@ class Train(_Section):
     """AdamW's decoupled weight decay."""
     warmup_steps: int = Field(default=0, ge=0)
     """Steps over which the learning rates rise linearly from 0."""
+    lr_scheduler: LrScheduler = "constant"
+    """How the learning rates go on after the warm-up: all but `constant` fall to about 0 at the last step."""
+    ema_decay: float | None = Field(default=None, gt=0, lt=1)
+    """Decay of a moving average of the trained weights, which is then what is validated and published, such as
+    0.999; it grows into it as min(decay, (1 + step) / (10 + step)). `null` is off."""
+    load_best_at_end: bool = False
+    """Publish the weights of the checkpoint with the lowest validation loss instead of the last ones, should those be
+    worse."""
     seed: int = Field(default=0, ge=0, lt=2**31)
     """Seed of the order of images, the noise and the timesteps."""
     prompt: str = "a photo of {subject}"
@@ -155,8 +172,9 @@ class Engine(_Section):
     """Compute type; masters are fp32 always. `auto` is bf16 on a GPU that has it, fp32 on a CPU."""
     gradient_checkpointing: bool = False
     """Trade compute for memory: recompute activations in the backward pass."""
-    offload: Literal[False] = False
-    """Optimizer state in the memory of the CPU; not to be had yet."""
+    offload: bool = False
+    """Optimizer state in the memory of the CPU and its update computed there: slower, but the GPU holds only weights,
+    gradients and activations. Stages 1 to 3."""
 
 
 class Checkpoint(_Section):
@@ -165,7 +183,9 @@ class Checkpoint(_Section):
     every: int = Field(default=200, ge=1)
     """Steps between checkpoints."""
     keep: int = Field(default=2, ge=1, le=100)
-    """Checkpoints kept."""
+    """Newest checkpoints kept."""
+    keep_best: bool = True
+    """Also keep the one with the lowest validation loss."""
 
 
 class Cluster(_Section):
@@ -173,6 +193,8 @@ class Cluster(_Section):
 
     workers: int = Field(default=1, ge=1, le=1024)
     """Training workers of the gang."""
+    min_workers: int | None = Field(default=None, ge=1, le=1024)
+    """Fewest workers the run starts or goes on with when the cluster has no room for all; `null` waits for all."""
     gpus_per_worker: Literal["auto"] | Annotated[float, Field(ge=0)] = "auto"
     """GPUs per worker; `auto` is 1 where the cluster has any, else 0."""
     cpus_per_worker: int = Field(default=1, ge=1, le=256)
@@ -193,10 +215,14 @@ class Track(_Section):
 
 
 class Validate(_Section):
-    """Images drawn of the trained subject and logged."""
+    """The loss on fixed noise and images drawn of the trained subject, both logged."""
 
+    every: int = Field(default=200, ge=0)
+    """Steps between validations, each a loss and a sample grid; every checkpoint has the loss too. 0 is off."""
+    samples: int = Field(default=16, ge=1, le=1024)
+    """Pairs that the validation loss is a mean of, their timesteps spread evenly."""
     prompts: tuple[str, ...] = ("a photo of {subject}",)
-    """Prompts of the sample grid; empty draws none."""
+    """Prompts of the sample grid, each a row with guidance and during training one without; empty draws none."""
     num_images: int = Field(default=2, ge=1, le=64)
     """Images per prompt, seeds 0, 1, ..."""
     steps: int = Field(default=25, ge=1, le=1000)

@@ -4,7 +4,7 @@ import asyncio
 from typing import Any
 
 from cluster.errors import SystemFailure, UserError, failure_of
-from cluster.mailbox import GIVE_UP_AFTER, Mailbox, failure
+from cluster.mailbox import CHECKPOINT, GIVE_UP_AFTER, LEAVE, Mailbox, failure
 
 
 def run(body: object) -> None:
@@ -126,3 +126,54 @@ def test_a_failure_arrives_as_the_error_it_was() -> None:
     for error in (UserError("it diverged", "lr 9", "lower it"), SystemFailure("a disk is full")):
         arrived = failure_of(failure(error))
         assert (type(arrived), str(arrived)) == (type(error), str(error))
+
+
+def test_what_is_asked_reaches_the_gang_that_trains_and_no_other() -> None:
+    async def body() -> None:
+        box = Mailbox()
+        await box.post("rex")
+        assert await box.resume() == 0
+        assert not await box.ask(CHECKPOINT)  # nobody trains yet
+        await box.report(0, 0, "started", {})
+        waiting = asyncio.create_task(box.asked(0))
+        await asyncio.sleep(0)
+        assert await box.ask(CHECKPOINT) and await waiting == [CHECKPOINT]
+        assert await box.ask(LEAVE) and await box.asked(1) == [LEAVE]
+        assert await box.resume() == 0  # a new gang
+        listening = asyncio.create_task(box.asked(0))
+        await asyncio.sleep(0)
+        assert not listening.done()
+        listening.cancel()
+
+    run(body())
+
+
+def test_a_run_that_is_left_stays_open_and_costs_it_no_life() -> None:
+    async def body() -> None:
+        box = Mailbox()
+        await box.post("rex")
+        for step in range(2 * GIVE_UP_AFTER):
+            assert await box.resume() == 0
+            await box.report(0, 0, "started", {})
+            assert not await box.quiet(0.01)
+            leaving = asyncio.create_task(box.quiet(10))
+            await box.report(0, 0, "left", {"step": step})
+            assert await leaving
+        assert await failed(box) == []
+
+    run(body())
+
+
+def test_a_mailbox_that_retires_hands_out_not_even_what_is_open() -> None:
+    async def body() -> None:
+        box = Mailbox()
+        await box.post("rex")
+        assert await box.take(await box.resume()) == "rex"
+        await box.report(0, 0, "started", {})
+        assert await box.retire()
+        assert await box.asked(0) == [LEAVE]
+        await box.report(0, 0, "left", {"step": 3})
+        assert await box.take(await box.resume()) is None
+        assert not await box.retire()
+
+    run(body())

@@ -1,5 +1,7 @@
 """This file is where the storage root is tested: whole or not at all, checked when read, nothing outside it."""
 
+import pickle
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -7,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from cluster.errors import SystemFailure, UserError
-from cluster.storage import Storage, sha256
+from cluster.storage import Storage, StorageError, sha256
 
 
 def everything(storage: Storage) -> list[str]:
@@ -95,6 +97,29 @@ def test_appending_grows_a_file(storage: Storage) -> None:
     storage.append("runs/events.jsonl", b"1\n")
     storage.append("runs/events.jsonl", b"2\n")
     assert storage.read("runs/events.jsonl") == b"1\n2\n"
+
+
+def test_a_full_disk_leaves_a_log_as_it_was_and_says_what_is_needed(
+    storage: Storage,
+) -> None:
+    storage.append("runs/events.jsonl", b"1\n")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))  # as a disk that has room for 100 bytes more
+    try:
+        for act in (storage.append, storage.write):
+            with pytest.raises(StorageError) as caught:
+                act("runs/events.jsonl", bytes(1_000_000))
+            assert caught.value.full and "1.0 MB are needed" in caught.value.seen
+            assert "make room" in caught.value.failure().do
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert storage.read("runs/events.jsonl") == b"1\n"
+    assert everything(storage) == ["runs", "runs/events.jsonl"]
+
+
+def test_an_error_of_storage_survives_the_way_between_processes() -> None:
+    error = pickle.loads(pickle.dumps(StorageError("a cannot be written", "no room", True)))
+    assert (str(error), error.full) == ("a cannot be written: no room", True)
 
 
 def test_removing_takes_files_and_folders_and_forgives_what_is_not_there(storage: Storage) -> None:

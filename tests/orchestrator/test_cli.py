@@ -134,3 +134,9 @@ def test_the_four_packages_belong_to_our_distribution_alone() -> None:
         assert set(owners.get(package, ["raybooth"])) == {"raybooth"}
     scripts = [e.value for e in distribution("raybooth").entry_points if e.name == "raybooth"]
     assert scripts == ["orchestrator.cli:main"]
+
+
+def test_fewest_workers_are_a_flag_and_checked_with_the_rest() -> None:
+    refused = run("plan", "photos", "--class", "dog", "--min-workers", "2", "--json")
+    assert refused.returncode == 2
+    assert "cluster.min_workers is 2" in json.loads(refused.stdout.splitlines()[-1])["error"]["what"]

@@ -13,6 +13,7 @@ from PIL import Image
 from cluster.errors import UserError
 from cluster.registry import Registry
 from cluster.storage import Storage
+from orchestrator.fits import Room
 from orchestrator.plan import Plan, plan_run
 from orchestrator.spec import load_run
 from training.lora import attach
@@ -187,4 +188,18 @@ def test_what_cannot_be_used_is_refused_before_anything_is_written(
         plan_run(run_of(f"base.model={base}", *spoil(base, photos)), storage)
     assert what in caught.value.what
     assert caught.value.do != ""
+    assert trace(storage) == []
+
+
+def test_the_plan_says_what_a_worker_will_take(storage: Storage, run_of: Callable[..., Run]) -> None:
+    memory = plan_run(run_of(), storage, room=Room(10**12, None)).as_json()["memory"]
+    assert (memory["device"], memory["room_per_worker"]) == ("cpu", 10**12)
+    assert memory["peak_per_worker"] == sum(memory["parts"].values())
+    lines = plan_run(run_of(), storage).lines()
+    assert any(line.startswith("  memory        about 0.") for line in lines)
+
+
+def test_a_run_that_cannot_fit_is_refused(storage: Storage, run_of: Callable[..., Run]) -> None:
+    with pytest.raises(UserError, match="more memory than there is"):
+        plan_run(run_of("train.method=full"), storage, room=Room(10**6, None))
     assert trace(storage) == []

@@ -25,6 +25,28 @@ def written(folder: Path, text: str) -> Path:
     return folder / "run.yaml"
 
 
+# -- settings that would take no effect --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("sets", "what", "seen"),
+    [
+        (["validate.every=0"], "train.load_best_at_end takes no effect", "validate.every is 0"),
+        (["checkpoint.keep_best=false"], "train.load_best_at_end takes no effect", "keep_best is false"),
+        (["checkpoint.every=200"], "train.load_best_at_end takes no effect", "there are 200 steps"),
+    ],
+)
+def test_a_best_checkpoint_that_cannot_be_is_refused(sets: list[str], what: str, seen: str) -> None:
+    error = refusal("train.load_best_at_end=true", *sets)
+    assert error.what == what and seen in error.seen
+    assert load_run(None, SUBJECT, ["train.load_best_at_end=true"]).train.load_best_at_end
+
+
+def test_fewer_workers_are_wanted_than_there_may_be() -> None:
+    error = refusal("cluster.workers=2", "cluster.min_workers=3")
+    assert "cluster.min_workers is 3" in error.what and "cluster.workers is 2" in error.seen
+
+
 # -- precedence --------------------------------------------------------------------------------------------
 
 
@@ -103,7 +125,7 @@ def test_paths_in_a_file_are_relative_to_the_file_and_those_of_flags_are_not(tmp
             "data.zzz=1",
             "data.zzz is not a setting",
             "it was given 1",
-            "known are crop, flip, variants",
+            "known are crop, flip, holdout, variants",
         ),
         (
             "train.method=lra",

@@ -1,6 +1,11 @@
 """This file is where tests of training get a process group and a run to train."""
 
-from collections.abc import Callable, Iterator
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from importlib.util import module_from_spec, spec_from_file_location
+from multiprocessing.connection import Connection, Listener
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +20,7 @@ from training.lease import LatentTable, Lease
 from training.loop import ResidentBase
 from training.pipeline import load_tokenizer, open_base, token_ids
 from training.recipe import Run
+from training.wish import Wish
 
 
 @pytest.fixture(scope="session")
@@ -94,3 +100,90 @@ def make_batches() -> Callable[..., Batches]:
         )
 
     return make
+
+
+# -- whole runs without Ray --------------------------------------------------------------------------------
+
+WORKER = Path(__file__).with_name("worker.py")
+Trained = dict[str, Any]  # `metrics` (None: left) or `error`, and `events`
+Wishes = Mapping[int, Mapping[int, Wish]]  # by rank, by step from 0
+
+
+@pytest.fixture
+def make_job(make_lease: Callable[..., Lease], resident: ResidentBase) -> Callable[..., Lease]:
+    """A lease with random latents in it (3 photos, 5 class images) that `alone` and `pair` train."""
+
+    def make(name: str, **sections: Any) -> Lease:
+        lease = make_lease(resident, name=name, **sections)
+        prompts = token_ids(load_tokenizer(resident.info), ["", "a zwx dog"], resident.info.token_limit)
+        meta = {**lease.meta, "subject_names": ["one.png", "two.png", "three.png"]}
+        return replace(
+            lease,
+            subject_latents=[latents(1, 3)],
+            class_latents=[latents(2, 5)],
+            sample_ids=prompts.tolist(),
+            meta=meta,
+        )
+
+    return make
+
+
+@pytest.fixture
+def alone(group: None, resident: ResidentBase, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Trained]:
+    """Trains a job in this process, a group of one."""
+    spec = spec_from_file_location("worker", WORKER)
+    assert spec is not None and spec.loader is not None
+    worker = module_from_spec(spec)
+    spec.loader.exec_module(worker)
+    monkeypatch.setattr("training.lease.fetch", list)
+
+    def run(lease: Lease, wishes: Wishes | None = None) -> Trained:
+        result: Trained = worker.train(lease, resident, 0, (wishes or {}).get(0, {}))
+        return result
+
+    return run
+
+
+class Pair:
+    """Two processes that train together, started once for all tests."""
+
+    def __init__(self, folder: Path, base: Path) -> None:
+        address = str(folder / "address")
+        with Listener(address) as listener:
+            self._processes = [
+                subprocess.Popen(
+                    [
+                        sys.executable,
+                        "-W",
+                        "ignore",
+                        str(WORKER),
+                        str(rank),
+                        "2",
+                        str(folder / "store"),
+                        address,
+                        str(base),
+                    ]
+                )
+                for rank in range(2)
+            ]
+            connections = [listener.accept() for _ in range(2)]
+        self._connections: dict[int, Connection] = {c.recv(): c for c in connections}
+
+    def __call__(self, lease: Lease, wishes: Wishes | None = None) -> list[Trained]:
+        """What came of a job on each rank."""
+        for rank, connection in self._connections.items():
+            connection.send((lease, (wishes or {}).get(rank, {})))
+        return [self._connections[rank].recv() for rank in range(2)]
+
+    def close(self) -> None:
+        for process in self._processes:
+            process.kill()  # they have nothing to lose, and a tidy end takes seconds
+            process.wait()
+
+
+@pytest.fixture(scope="session")
+def pair(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    """Trains a job in two processes together."""
+    both = Pair(tmp_path_factory.mktemp("pair"), tiny_base)
+    yield both
+    both.close()

@@ -1,5 +1,6 @@
 """What a restart goes on from."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 from cluster.errors import SystemFailure
 from cluster.storage import Storage
-from training.checkpoint import State, delete, latest, load, save, steps_saved
+from training.checkpoint import State, best, delete, latest, load, save, steps_saved
 
 RUN = "runs/rex/v1"
 
@@ -48,6 +49,30 @@ def test_only_the_newest_are_kept(storage: Storage) -> None:
     for step in (100, 200, 300):
         save(storage, RUN, state(step), "f", keep=2)
     assert steps_saved(storage, RUN) == [200, 300]
+
+
+def test_the_best_is_kept_besides_and_found_unless_damaged(storage: Storage) -> None:
+    for step, loss in ((1, 0.5), (2, 0.3), (3, None), (4, 0.4), (5, 0.9)):
+        save(storage, RUN, state(step), "f", keep=2, facts={"validation_loss": loss})
+    assert steps_saved(storage, RUN) == [2, 4, 5]
+    found = best(storage, RUN, "f", 0.45, pytest.fail)
+    assert found is not None and found[0] == 0.3 and same(found[1], state(2))
+    assert best(storage, RUN, "f", 0.3, pytest.fail) is None  # the end is as good
+    assert best(storage, RUN, "g", 9.0, pytest.fail) is None
+    damage(storage, 2)
+    notes: list[str] = []
+    found = best(storage, RUN, "f", 0.45, notes.append)
+    assert found is not None and found[1].step == 4 and "step 2" in notes[0]
+    save(storage, RUN, state(6), "f", keep=2, keep_best=False, facts={"validation_loss": 0.1})
+    assert steps_saved(storage, RUN) == [5, 6]
+
+
+def test_an_average_comes_back_with_the_rest(storage: Storage) -> None:
+    whole = replace(state(1), average=state(9).parameters)
+    save(storage, RUN, whole, "f", keep=1)
+    found = load(storage, RUN, 1, "f")
+    assert same(found, state(1)) and found.average is not None
+    assert all(torch.equal(found.weights[name], t) for name, t in state(9).parameters.items())
 
 
 def test_a_damaged_one_is_skipped_and_said(storage: Storage) -> None:

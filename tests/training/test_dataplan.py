@@ -37,6 +37,25 @@ def test_an_epoch_uses_every_image_once_and_in_another_order_than_the_one_before
     assert len({tuple(subjects[i : i + 5]) for i in range(0, 140, 5)}) > 10
 
 
+def test_a_validation_is_always_the_same_and_of_photos_that_are_held_out() -> None:
+    held = plan(subject_rows=3, held_out=2)
+    alone = held.validation_rows(5, 0, 1)
+    assert [row.timestep for row in alone] == [t for t in (100, 300, 500, 700, 900) for _ in Role]
+    assert [row.table_row for row in alone if row.role is Role.SUBJECT] == [3, 4, 3, 4, 3]
+    assert [row.table_row for row in alone if row.role is Role.CLASS] == [0, 1, 2, 3, 4]
+    two = [held.validation_rows(5, rank, 2) for rank in range(2)]
+    assert len(two[0]) == len(two[1])
+    together = sorted((row for rows in two for row in rows if row.weight), key=lambda row: row.sample_index)
+    assert together == alone
+    trained = {
+        row.table_row for step in range(20) for row in held.rows(step, 0, 1) if row.role is Role.SUBJECT
+    }
+    assert trained == {0, 1, 2}
+    everything = plan().validation_rows(5, 0, 1)
+    assert [row.table_row for row in everything if row.role is Role.SUBJECT] == [0, 1, 2, 3, 4]
+    assert not np.array_equal(plan().noise(everything[0].sample_index, (8,)), plan().noise(0, (8,)))
+
+
 def test_without_a_class_or_a_prior_weight_there_are_only_subject_rows() -> None:
     for alone in (plan(class_rows=0), plan(prior_weight=0.0)):
         assert [r.role for r in alone.rows(0, 0, 1)] == [Role.SUBJECT] * 4

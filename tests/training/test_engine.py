@@ -9,7 +9,7 @@ import torch
 
 from training.batches import Batches
 from training.checkpoint import State, latest, save
-from training.engine import TrainingEngine, compute_type, learning_rate, zero_stage
+from training.engine import TrainingEngine, compute_type, zero_stage
 from training.lease import Lease
 from training.loop import ResidentBase, build_module
 from training.recipe import Engine, Train
@@ -32,7 +32,7 @@ class Rig:
 
     def steps(self, first: int, last: int) -> list[list[float]]:
         reports = [self.engine.step(step, list(self.batches.of_step(step))) for step in range(first, last)]
-        return [report.figures.tolist() for report in reports]
+        return [report.figures[:3].tolist() for report in reports]
 
 
 @pytest.fixture
@@ -48,6 +48,7 @@ def make_rig(
 
 def whole(state: State) -> dict[str, torch.Tensor]:
     parts = {"p": state.parameters, "m": state.first_moments, "v": state.second_moments}
+    parts |= {"e": state.average} if state.average else {}
     return {f"{part}/{name}": t.clone() for part, named in parts.items() for name, t in named.items()}
 
 
@@ -102,7 +103,6 @@ def test_unet_and_text_encoder_have_their_own_lr_and_a_warm_up(make_rig: Callabl
         moved[part] = max(moved[part], float((parameter.detach() - rig.before[name]).abs().max()))
     # Adam's first step is its learning rate
     assert moved == {"unet": pytest.approx(5e-4, rel=0.01), "text_encoder": pytest.approx(5e-5, rel=0.01)}
-    assert [learning_rate(1.0, step, 3) for step in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
 
 
 @pytest.mark.parametrize(
@@ -128,6 +128,7 @@ def test_frozen_tensors_are_untouched_to_the_bit(
     assert bool(frozen) == (train["method"] == "lora")
 
 
+@pytest.mark.resume
 @pytest.mark.parametrize("method", ["full", "lora"])
 @pytest.mark.parametrize("stage", [0, 2])
 def test_six_steps_are_three_a_checkpoint_and_three_bit_for_bit(
@@ -136,14 +137,15 @@ def test_six_steps_are_three_a_checkpoint_and_three_bit_for_bit(
     from cluster.storage import Storage
 
     storage = Storage(str(tmp_path / "storage"))
-    straight = make_rig(stage, method=method)
+    train = {"method": method, "ema_decay": 0.9, "lr_scheduler": "cosine", "steps": 6}
+    straight = make_rig(stage, **train)
     expected = straight.steps(0, 6)
-    first = make_rig(stage, method=method)
+    first = make_rig(stage, **train)
     figures = first.steps(0, 3)
     save(storage, "runs/rex/v1", first.engine.state(3), "f", keep=1)
     first.engine.close()
     state = latest(storage, "runs/rex/v1", "f", pytest.fail)
-    second = make_rig(stage, state, method=method)
+    second = make_rig(stage, state, **train)
     figures += second.steps(3, 6)
     assert figures == expected
     ours, theirs = whole(second.engine.state(6)), whole(straight.engine.state(6))

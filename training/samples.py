@@ -1,0 +1,99 @@
+"""This file is where a run draws what it has learned so far: the sample grid, by all ranks in step.
+
+Every prompt is a row drawn with guidance and one without, every seed a column.
+
+n images of a forward pass, C latent channels, h w latent size, L tokens, D text width.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from training.batches import Batches
+from training.draw import DRAW_WIDTH, pixels
+from training.engine import TrainingEngine
+from training.lease import Lease
+from training.pipeline import BaseInfo, encode_text, load_vae, predict
+from training.png import encode_png, grid
+from training.samplers import advance, sampler_table
+from training.schedule import NoiseSchedule
+
+
+class Samples:
+    """Draws the grids of a run.
+
+    Args:
+        lease: The run; its `sample_ids` are the prompts, the empty one first.
+        base: What it is trained from.
+        text_encoder: The base's, which encodes prompts where the run does not train one.
+        batches: Tell the rank, the world and the device.
+    """
+
+    def __init__(self, lease: Lease, base: BaseInfo, text_encoder: nn.Module, batches: Batches) -> None:
+        self._wanted, self._base, self._text_encoder = lease.recipe.validate_, base, text_encoder
+        self._rank, self._world, self._device = batches.rank, batches.world, batches.device
+        self._ids = torch.tensor(lease.sample_ids, device=self._device)
+        self._table = sampler_table("ddim", self._wanted.steps, base.scheduler)
+        self._schedule = NoiseSchedule.from_config(base.scheduler)
+        self._shape = (base.latent_channels, base.latent_size, base.latent_size)
+        self._vae: nn.Module | None = None  # rank 0 loads it when it draws first
+
+    def draw(self, engine: TrainingEngine) -> bytes | None:
+        """The grid of the weights that would be published, as PNG bytes on rank 0; all ranks call this together."""
+        with engine.evaluating():
+            latents = self._latents(engine)
+            if self._rank:
+                return None
+            self._vae = self._vae or load_vae(self._base).to(self._device)
+            images = [pixels(self._vae, row, self._base.scaling_factor) for row in latents]
+        return encode_png(grid(images, columns=self._wanted.num_images), None)
+
+    def _latents(self, engine: TrainingEngine) -> torch.Tensor:
+        """Clean latents [cells, C, h, w] of the whole grid, row by row, on every rank.
+
+        Each rank draws a part. It goes through as many forward passes as the others, because with ZeRO-3 they gather
+        weights from all.
+        """
+        text = encode_text(engine.module.text_encoder or self._text_encoder, self._ids)
+        scales = list(dict.fromkeys((self._wanted.guidance, 1.0)))
+        seeds, prompts = self._wanted.num_images, len(self._ids) - 1
+        canvas = torch.zeros(prompts, len(scales), seeds, *self._shape, device=self._device)
+        cells = [(prompt, seed) for prompt in range(prompts) for seed in range(seeds)]
+        each = -(-len(cells) // self._world)
+        mine = cells[self._rank * each : (self._rank + 1) * each]
+        width = DRAW_WIDTH[self._device.type]
+        for number, scale in enumerate(scales):
+            for start in range(0, each, width):
+                chunk = mine[start : start + width]
+                drawn = self._denoise(engine, text, chunk or cells[:1], scale)
+                for (prompt, seed), row in zip(chunk, drawn, strict=False):
+                    canvas[prompt, number, seed] = row
+        if self._world > 1:
+            dist.all_reduce(canvas)
+        return canvas.flatten(0, 2)
+
+    def _denoise(
+        self, engine: TrainingEngine, text: torch.Tensor, cells: Sequence[tuple[int, int]], scale: float
+    ) -> torch.Tensor:
+        """Clean latents [n, C, h, w] of n cells (prompt, seed); `text` [1 + prompts, L, D], the empty one first."""
+        noise = [torch.randn(self._shape, generator=torch.Generator().manual_seed(seed)) for _, seed in cells]
+        x = torch.stack(noise).to(self._device)
+        guided = scale != 1.0
+        prompts = [1 + prompt for prompt, _ in cells]
+        states = text[[0] * len(cells) + prompts if guided else prompts]
+        x0 = torch.zeros_like(x)
+        for t, alpha, coefficients in zip(
+            self._table.timesteps, self._table.alphas, torch.from_numpy(self._table.coefficients), strict=True
+        ):
+            rows = torch.cat([x, x]) if guided else x
+            timesteps = torch.full((len(rows),), int(t), device=self._device)
+            with engine.module.computing(self._device):
+                output = predict(engine.module.unet, rows, timesteps, states).float()
+            if guided:
+                without, conditioned = output.chunk(2)
+                output = without + scale * (conditioned - without)
+            clean = self._schedule.clean(output, x, torch.full((len(x),), alpha, device=self._device))
+            x, x0 = advance(x, clean, x0, torch.zeros_like(x), coefficients.expand(len(x), 4)), clean
+        return x

@@ -1,0 +1,159 @@
+"""This file is where a run does what is not a step: it validates, draws samples, saves checkpoints and publishes."""
+
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from safetensors import SafetensorError
+from torch import nn
+
+from cluster.errors import SystemFailure
+from cluster.storage import Storage, StorageError
+from training import checkpoint
+from training.artifact import Identity, artifact_meta, artifact_path, write_weights
+from training.batches import Batches
+from training.checkpoint import ROWS, Tensors
+from training.engine import TrainingEngine
+from training.figures import Figures, Report
+from training.lease import Lease
+from training.pipeline import BaseInfo
+from training.recipe import Run
+from training.samples import Samples
+from training.validation import ValidationLoss, validation_loss
+from training.wish import Wish
+
+_WHY = {Wish.NONE: "schedule", Wish.CHECKPOINT: "asked", Wish.LEAVE: "leaving"}
+
+
+@dataclass
+class Services:
+    """The services of one run. All ranks call every method together, rank 0 writes."""
+
+    lease: Lease
+    storage: Storage
+    base: BaseInfo
+    text_encoder: nn.Module
+    """The base's."""
+    engine: TrainingEngine
+    batches: Batches
+    figures: Figures
+    zero_stage: int
+    report: Report
+    run: Run = field(init=False)
+    samples: Samples | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.run = self.lease.recipe
+        drawn = self.run.validate_.every and self.lease.sample_ids
+        self.samples = Samples(self.lease, self.base, self.text_encoder, self.batches) if drawn else None
+
+    def after(self, step: int, asked: Wish) -> Wish:
+        """What is due after `step` steps, or asked for by a rank; returns what is asked for, heard meanwhile too."""
+        every = self.run.validate_.every
+        scheduled, sampled = step % self.run.checkpoint.every == 0, every > 0 and step % every == 0
+        if not (scheduled or sampled or asked):
+            return asked
+        asked = max(asked, self.figures.settle())
+        loss = self._validate(step) if every and (scheduled or sampled) else None
+        if scheduled or asked:
+            # one that was only asked for is no candidate for the best: which one is must not depend on who asked
+            self._save(step, _WHY[asked], loss.loss if loss and scheduled else None)
+        if sampled and asked is not Wish.LEAVE:  # who leaves has little time
+            self._sample(step)
+        self.figures.rest()
+        return asked
+
+    def finish(self) -> dict[str, float]:
+        """Publish the run; returns the metrics of its artifact."""
+        self.figures.settle()
+        metrics, steps, best = self.figures.final(), self.run.train.steps, None
+        if self.run.validate_.every:
+            metrics["validation_loss"] = self._validate(steps).loss
+            if self.run.train.load_best_at_end and self._leads:
+                best = self._best(metrics["validation_loss"])
+        if best is not None:
+            metrics |= {"validation_loss": best[0], "best_step": best[1].step}
+        self._publish(metrics, best[1].weights if best else None)
+        return metrics
+
+    @property
+    def _leads(self) -> bool:
+        return self.batches.rank == 0
+
+    def _validate(self, step: int) -> ValidationLoss:
+        loss = validation_loss(self.engine, self.batches, self.run.validate_.samples)
+        self.report("validation", {"step": step, **loss.as_json()})
+        return loss
+
+    def _sample(self, step: int) -> None:
+        picture = self.samples.draw(self.engine) if self.samples else None
+        if picture is not None:
+            path = f"{self.lease.run_path}/samples/step_{step:06d}.png"
+            if self._written(lambda: self.storage.write(path, picture)):
+                self.report("sample", {"step": step, "path": path})
+
+    def _save(self, step: int, why: str, loss: float | None) -> None:
+        began = time.monotonic()
+        state = self.engine.state(step)  # all ranks: it gathers
+
+        def write() -> None:
+            self._keep_rows()
+            kept = self.run.checkpoint
+            facts = {"validation_loss": loss, "world": self.batches.world, "zero_stage": self.zero_stage}
+            path, fingerprint = self.lease.run_path, self.lease.fingerprint
+            checkpoint.save(self.storage, path, state, fingerprint, kept.keep, kept.keep_best, facts)
+
+        if self._leads and self._written(write):
+            seconds = round(time.monotonic() - began, 3)
+            self.report("checkpoint", {"step": step, "why": why, "seconds": seconds})
+
+    def _written(self, write: Callable[[], None]) -> bool:
+        """Whether something was written that the run can go on without; a note says so when it was not."""
+        try:
+            write()
+        except (OSError, SystemFailure) as error:
+            self.report("note", {"text": f"not written, the run goes on: {error}"})
+            return False
+        return True
+
+    def _keep_rows(self) -> None:
+        self.figures.keep(self.storage, f"{self.lease.run_path}/{ROWS}")
+
+    def _best(self, below: float) -> tuple[float, checkpoint.State] | None:
+        def note(text: str) -> None:
+            self.report("note", {"text": text})
+
+        return checkpoint.best(self.storage, self.lease.run_path, self.lease.fingerprint, below, note)
+
+    def _publish(self, metrics: dict[str, float], weights: Tensors | None) -> None:
+        """Write the artifact (rank 0) while every rank holds the weights whole; `weights` take their place."""
+        with self.engine.evaluating(), self.engine.gathered():
+            if not self._leads:
+                return
+            if weights is not None:
+                self.engine.load(weights)
+            path = artifact_path(self.lease.name, self.lease.version)
+            try:
+                self._keep_rows()
+                self._write_artifact(path, metrics)
+            except StorageError as error:
+                raise error.failure() from error
+            except (OSError, SafetensorError) as error:
+                size_mb = sum(p.numel() * p.element_size() for p in self.engine.module.parameters()) / 1e6
+                raise SystemFailure(
+                    f"the artifact {self.storage.full(path)} could not be written",
+                    str(error),
+                    f"it takes {size_mb:.0f} MB in {tempfile.gettempdir()} first: make room there and run the same "
+                    "command again to go on",
+                ) from error
+
+    def _write_artifact(self, path: str, metrics: dict[str, float]) -> None:
+        lease, module = self.lease, self.engine.module
+        identity, prior_key = Identity.from_json(lease.identity), lease.meta.get("prior_key")
+        meta = artifact_meta(self.base, self.run, identity, lease.fingerprint, prior_key, metrics)
+        text_encoder = self.text_encoder if module.text_encoder is None else module.text_encoder
+        with tempfile.TemporaryDirectory(prefix="raybooth-") as folder:
+            write_weights(self.base, self.run, module.unet, text_encoder, Path(folder))
+            self.storage.publish(Path(folder), path, meta)
