@@ -34,7 +34,7 @@ PEAK_LR = 1e-3
 SEED, UNSEEN_SEED = 6, 7
 INDIVIDUALS = 3072
 VIEWS = 4  # pictures of each; the odd ones look drawn
-NOUNS_PER_BATCH = 8  # few, so that most of a batch are other individuals of the same class
+NOUNS_PER_BATCH = 16  # so that a class is told from others and an individual from its class
 INDIVIDUAL_TEMPERATURE = 0.1
 DIMENSIONS = 128
 

@@ -39,7 +39,7 @@ BUDGETS = {
     "unet": Budget(900_000, 64),
     "decoder": Budget(40_000, 8),
     "judge": Budget(96_000, 64),
-    "clip": Budget(128_000, 64),
+    "clip": Budget(448_000, 64),
 }
 
 

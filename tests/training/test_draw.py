@@ -155,13 +155,9 @@ def test_a_rows_bits_depend_neither_on_neighbours_nor_on_position(tiny_base: Pat
 def test_latents_are_equal_to_the_bit_at_any_position(tiny_base: Path) -> None:
     drawer = Drawer(open_base(str(tiny_base)), device="cpu", width=4)
     decoded: list[bytes] = []
-    original = drawer._pixels
-
-    def keep(latents: torch.Tensor) -> NDArray[np.uint8]:
-        decoded.append(latents.numpy().tobytes())
-        return original(latents)
-
-    drawer._pixels = keep  # type: ignore[method-assign]
+    drawer.vae.decoder.register_forward_pre_hook(
+        lambda _, inputs: decoded.append(inputs[0].numpy().tobytes())
+    )
     guided = [r for r in MIXED if r.guidance != 1.0][:4]
     for requests in (*([r] for r in guided), guided, guided[::-1]):
         drawer.draw(requests)
