@@ -221,7 +221,7 @@ def embed_images(model: CLIPModel, images: Sequence[Image.Image]) -> Tensor:
         model.get_image_features(pixel_values=to_tensor(list(images[first : first + 128]))).pooler_output
         for first in range(0, len(images), 128)
     ]
-    return F.normalize(torch.cat(parts), dim=1)
+    return F.normalize(torch.cat([torch.zeros(0, DIMENSIONS), *parts]), dim=1)
 
 
 @torch.inference_mode()
