@@ -49,9 +49,17 @@ def nodes() -> Iterator[Cluster]:
             runtime_env={"env_vars": environment},
         )
         cluster.add_node(num_cpus=1)
+        cluster.wait_for_nodes()
+        count_nodes()  # a gang that starts before would start with one worker
         yield cluster
         ray.shutdown()
         cluster.shutdown()
+
+
+def count_nodes() -> None:
+    """Have Ray count its nodes now, which it does every 20 s."""
+    coordinator = get_or_create_autoscaling_coordinator()
+    ray.get(coordinator.get_reserved_resources.remote("test", recompute=True))
 
 
 def reclaim(cluster: Cluster, node: Any, deadline_s: float) -> None:
@@ -89,8 +97,7 @@ def test_a_gang_goes_on_with_the_nodes_there_are_and_to_the_losses_of_one_worker
             nodes.remove_node(second, allow_graceful=False)
         elif event.kind == "checkpoint" and workers == [2, 1] and len(nodes.worker_nodes) == 0:
             second = nodes.add_node(num_cpus=1)
-            count = get_or_create_autoscaling_coordinator().get_reserved_resources
-            ray.get(count.remote("test", recompute=True))  # Ray counts nodes every 20 s
+            count_nodes()
         elif event.kind == "checkpoint" and workers == [2, 1, 2] and todo == ["die"]:
             todo.remove("die")
             os.kill(second.all_processes["raylet"][0].process.pid, signal.SIGKILL)
@@ -98,6 +105,7 @@ def test_a_gang_goes_on_with_the_nodes_there_are_and_to_the_losses_of_one_worker
     lease = make_lease("hurt", storage.uri, checkpoint={"every": 5}, train={"steps": STEPS, "method": "lora"})
     gang = make_gang(GangShape(workers=2, min_workers=1), tmp_path)
     story = gang.train(lease, act)
+    assert story.of("started", "workers")[0] == 2
     kinds = [e.kind for _, e in story.events if e.kind not in ("step", "checkpoint", "note")]
     assert kinds == ["started", "left", "started", "left", "started", "started", "published"]
     assert story.of("started", "workers") == [2, 1, 2, 1]
