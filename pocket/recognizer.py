@@ -5,7 +5,7 @@ Shape letters: B batch, D embedding.
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -46,19 +46,20 @@ class Sitter:
 
 @dataclass(frozen=True)
 class Recognizer:
-    """A direction in the space of pictures, and how far along it the subject begins."""
+    """Two galleries, and the question in which of them a picture has its nearest."""
 
-    direction: Tensor
-    """[D] float32, from other members of the class to the subject."""
-    threshold: float
-    own_recognised: float
-    """Share of true pictures of the subject, not seen in the fitting, that are recognised: what drawings can reach."""
-    others_mistaken: float
-    """Share of pictures of other members of the class, not seen in the fitting, that are taken for the subject."""
+    own: Tensor
+    """[N, D] float32 of unit length: true pictures of the subject."""
+    others: Tensor
+    """[M, D]: pictures of other members of its class."""
+    own_recognised: float = 0.0
+    """Share of true pictures of the subject, not in the gallery, that are recognised: what drawings can reach."""
+    others_mistaken: float = 0.0
+    """Share of pictures of other members of the class, not in the gallery, that are taken for the subject."""
 
     def sees(self, vectors: Tensor) -> Tensor:
-        """[B] bool: whether the subject is in pictures of embeddings [B, D]."""
-        return vectors @ self.direction > self.threshold
+        """[B] bool: whether the picture nearest to each embedding of [B, D] is one of the subject."""
+        return (vectors @ self.own.T).amax(dim=1) > (vectors @ self.others.T).amax(dim=1)
 
 
 def find_sitter(name: str, folder: Path) -> Sitter:
@@ -82,7 +83,7 @@ def find_sitter(name: str, folder: Path) -> Sitter:
 def fit_recognizer(
     sitter: Sitter, class_drawings: Sequence[Image.Image], clip: CLIPModel, vae: AutoencoderKL
 ) -> Recognizer:
-    """Fits to one half of pictures of the subject and of others, and counts mistakes on the other half.
+    """One half of pictures of the subject and of others makes the galleries, the other half counts the mistakes.
 
     Args:
         class_drawings: what the pristine base draws of the class; strangers drawn by our own code join them.
@@ -98,22 +99,9 @@ def fit_recognizer(
 
     own = embedded([sitter.drawing] * 4, PLACES)
     others = torch.cat([embedded(strangers, rng.sample(PLACES, 3)), embed_images(clip, class_drawings)])
-    direction = own[::2].mean(dim=0) - others[::2].mean(dim=0)
-    threshold = parting(own[::2] @ direction, others[::2] @ direction)
-    return Recognizer(
-        direction,
-        threshold,
-        own_recognised=(own[1::2] @ direction > threshold).float().mean().item(),
-        others_mistaken=(others[1::2] @ direction > threshold).float().mean().item(),
+    recognizer = Recognizer(own[::2], others[::2])
+    return replace(
+        recognizer,
+        own_recognised=recognizer.sees(own[1::2]).float().mean().item(),
+        others_mistaken=recognizer.sees(others[1::2]).float().mean().item(),
     )
-
-
-def parting(above: Tensor, below: Tensor) -> float:
-    """The score that parts two sets of scores with the fewest mistakes, each set weighing the same.
-
-    In a gap that parts them without a mistake it is the middle of the gap.
-    """
-    scores = torch.cat([above, below]).sort().values
-    cuts = (scores[1:] + scores[:-1]) / 2
-    mistakes = torch.stack([(above <= cut).float().mean() + (below > cut).float().mean() for cut in cuts])
-    return cuts[mistakes.argmin()].item()

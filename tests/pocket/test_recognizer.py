@@ -1,4 +1,4 @@
-"""Tests of the recognizer: where it parts two sets, and that it knows the demo subject from other backpacks."""
+"""Tests of the recognizer: what decides, and that it knows the demo subject from other backpacks."""
 
 from pathlib import Path
 
@@ -8,21 +8,13 @@ from diffusers import AutoencoderKL
 
 from pocket.clip import FOLDER, load_clip
 from pocket.export import WEIGHTS
-from pocket.recognizer import find_sitter, fit_recognizer, parting
+from pocket.recognizer import Recognizer, find_sitter, fit_recognizer
 
 
-@pytest.mark.parametrize(
-    ("above", "below", "low", "high"),
-    [
-        ([3.0, 4.0], [1.0, 2.0], 2.0, 3.0),  # a gap: somewhere in it
-        ([2.0, 3.0, 4.0], [0.0, 1.0, 2.5], 1.0, 2.0),  # one mistake on either side is the same
-        ([1.0, 1.0], [0.0], 0.0, 1.0),
-    ],
-)
-def test_the_threshold_makes_the_fewest_mistakes(
-    above: list[float], below: list[float], low: float, high: float
-) -> None:
-    assert low <= parting(torch.tensor(above), torch.tensor(below)) <= high
+def test_the_nearest_picture_decides() -> None:
+    own, others = torch.eye(3)[:1], torch.eye(3)[1:]
+    seen = torch.tensor([[0.9, 0.1, 0.0], [0.4, 0.0, 0.6], [0.5, 0.4, 0.3]])
+    assert Recognizer(own, others).sees(seen).tolist() == [True, False, True]
 
 
 @pytest.mark.parametrize(
