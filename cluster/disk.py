@@ -11,8 +11,14 @@ from pathlib import Path
 TEMPORARY = ".tmp-"  # how the names of what is not whole yet begin
 
 
-def write_whole(target: Path, data: bytes) -> None:
-    """Write a file aside and rename it to its place; an older one is replaced."""
+def write_whole(target: Path, data: bytes, replace: bool = True) -> bool:
+    """Write a file aside and rename it to its place; whether it was.
+
+    Args:
+        target: Its place.
+        data: Its bytes.
+        replace: What is there already is replaced, else left alone.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = _aside(target)
     try:
@@ -20,9 +26,24 @@ def write_whole(target: Path, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        aside.replace(target)
+        if replace:
+            aside.replace(target)
+            return True
+        return _linked(aside, target)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def _linked(aside: Path, target: Path) -> bool:
+    try:
+        target.hardlink_to(aside)
+    except FileExistsError:
+        return False
+    except OSError:  # a file system without links
+        if target.exists():
+            return False
+        aside.replace(target)
+    return True
 
 
 def append_whole(target: Path, data: bytes) -> None:

@@ -43,6 +43,11 @@ class Registry:
         record: Record = self.storage.read_json(_path(name))
         return record
 
+    def served(self) -> dict[str, str]:
+        """The champion of every subject that has one, by name."""
+        aliases = {name: self.storage.read_json(_path(name))["aliases"] for name in self.names()}
+        return {name: found[CHAMPION] for name, found in aliases.items() if CHAMPION in found}
+
     def resolve(self, name: str, version: str | None = None) -> tuple[str, Record]:
         """A version and its entry.
 

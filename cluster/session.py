@@ -1,5 +1,6 @@
 """This file is where Ray is started or joined, and asked what it has."""
 
+import importlib
 import logging
 import os
 import secrets
@@ -7,7 +8,8 @@ import shutil
 import socket
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -52,6 +54,9 @@ def session(address: str | None, cpus: int, storage: Storage) -> Iterator[None]:
         UserError: The cluster cannot be reached, or has several nodes that do not share the storage root.
         SystemFailure: Ray does not start.
     """
+    if ray.is_initialized():  # in an actor of the cluster
+        yield
+        return
     address = resolve_address(address)
     for name, value in _EVERYWHERE.items():
         os.environ.setdefault(name, value)
@@ -63,6 +68,55 @@ def session(address: str | None, cpus: int, storage: Storage) -> Iterator[None]:
     with _joined(address, common) if address else _private(cpus, common):
         _check_shared(storage)
         yield
+
+
+class _Detached:
+    """An actor that calls a function and ends itself; begun again by Ray should its node be lost."""
+
+    def __init__(self, target: str, arguments: Sequence[Any]) -> None:
+        self._target, self._arguments = target, arguments
+        self._handle = ray.get_runtime_context().current_actor
+        threading.Thread(target=self._run, name="detached", daemon=True).start()
+
+    def ready(self) -> None:
+        """Answers once the actor is there."""
+
+    def _run(self) -> None:
+        module, _, function = self._target.partition(":")
+        try:
+            getattr(importlib.import_module(module), function)(*self._arguments)
+        except Exception:
+            logging.getLogger("raybooth").exception("%s ended", self._target)
+        finally:
+            ray.kill(self._handle, no_restart=True)
+
+
+def run_detached(address: str, name: str, target: str, arguments: Sequence[Any], storage: Storage) -> None:
+    """Have a function called by an actor of a cluster that outlives this process.
+
+    Args:
+        address: The cluster.
+        name: Of the actor.
+        target: `module:function`.
+        arguments: What it is called with.
+        storage: The storage root, which every node must reach.
+
+    Raises:
+        UserError: The cluster cannot be used, or an actor of that name lives.
+    """
+    with session(address, 0, storage):
+        options = {
+            "name": name,
+            "namespace": "raybooth",
+            "lifetime": "detached",
+            "num_cpus": 0,
+            "max_restarts": -1,
+        }
+        try:
+            actor = ray.remote(_Detached).options(**options).remote(target, list(arguments))
+            ray.get(actor.ready.remote())
+        except ValueError as error:
+            raise UserError(f"{name} runs on the cluster already", str(error).splitlines()[0]) from error
 
 
 def resolve_address(address: str | None) -> str | None:

@@ -1,295 +1,265 @@
-"""This file is where a run goes through its stages: prior, latents, gang, registry, tracking.
-
-The record is written before the act, so that the same command goes on after the driver was killed at any moment.
-"""
+"""This file is where a campaign goes its way: from its manifest on record to its report."""
 
 import time
-from collections.abc import Mapping
-from contextlib import suppress
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
+from dataclasses import asdict, dataclass, field
 from typing import Any
-from uuid import uuid4
 
-from cluster.mailbox import Event, create
-from cluster.registry import Registry
-from cluster.session import check_fits, gpu_count, resolve_address, session
-from cluster.storage import Storage, StorageError
-from orchestrator.events import EventLog, GangThread
-from orchestrator.prepare import Destination, Prepared, record_path, run_path
-from orchestrator.progress import Stage, Stages
+from cluster.errors import SystemFailure
+from cluster.objects import StorageError
+from cluster.session import gpu_count, session
+from cluster.storage import Storage
+from orchestrator.batch import BatchResult, draw_batch
+from orchestrator.campaign_mirror import CampaignMirror
+from orchestrator.campaign_watch import CampaignWatch
+from orchestrator.claims import Claim
+from orchestrator.controller import Controller
+from orchestrator.ledger import Ledger
+from orchestrator.manifest import settings_of
+from orchestrator.records import RunRow
+from orchestrator.report import write_report
 from orchestrator.signals import Signals, Terminated
-from orchestrator.tracking import (
-    Mirrors,
-    MlflowTracker,
-    TensorBoardTracker,
-    Tracker,
-    flatten,
-    mirror,
-    tracking_uri,
-)
-from orchestrator.watch import Watch
-from training import checkpoint
-from training.artifact import artifact_path
-from training.draw import DRAW_WIDTH
-from training.figures import rows_kept
-from training.gang import GangShape, run_gang
-from training.lease import Lease
-from training.png import decode_png, encode_png, grid
-from training.prior import draw_prior, prior_count, prior_images
-from training.prompt import render_prompt
-from training.stream import ImageSet, Pool, draw_pngs, encode, latent_refs, missing_images
+from orchestrator.site import STREAM_CPUS, Site, settled, survey
+from orchestrator.tracking import tracking_uri
+from orchestrator.wanted import Wanted
+from orchestrator.works import CampaignWorks
+from training.prior import prior_count
+from training.recipe import Cluster
+from training.stream import Pool
 
-STOP_S = 30  # a gang that was told to stop ends within one step and its clean-up
+SOME_FAILED = 3  # the exit code of a campaign of which some subjects did not succeed
 
 
 @dataclass
-class Outcome:
-    """What became of a run, as the `--json` contract names it."""
+class CampaignOutcome:
+    """What became of a campaign, as the `--json` contract names it."""
 
+    campaign: str
     state: str
-    subject: str
-    version: str
-    artifact: str
-    run_id: str | None = None
-    metrics: dict[str, float] = field(default_factory=dict)
-    prior_key: str | None = None
-    prior_images_drawn: int = 0
+    subjects: list[dict[str, Any]]
+    priors: list[dict[str, Any]]
+    images: dict[str, Any] | None = None
+    """Of its prompts, if it has any."""
+    report: str = ""
     seconds: float = 0.0
-    already_there: bool = False
+    reason: dict[str, Any] | None = field(default=None)
 
     def as_json(self) -> dict[str, Any]:
-        """The JSON object of `raybooth train`."""
-        return dict(vars(self))
+        """Plain values."""
+        return asdict(self)
+
+    @property
+    def exit_code(self) -> int:
+        """0 only if every subject succeeded, and every image was drawn."""
+        drawn = self.images is None or not self.images["failed"]
+        return 0 if self.state == "succeeded" and drawn else SOME_FAILED
 
 
-class Campaign:
-    """One run on its way: `raybooth train` is a campaign of one."""
+def run_campaign(
+    name: str, ledger: Ledger, storage: Storage, address: str | None, watch: CampaignWatch
+) -> CampaignOutcome:
+    """Run a campaign that is on record until every run of it has ended; what has ended before is left as it is.
+
+    Args:
+        name: Of the campaign.
+        ledger: The record.
+        storage: Its root.
+        address: Ray cluster to join; `None` starts a private one on this machine.
+        watch: Shows it.
+
+    Raises:
+        UserError: There is no such campaign, another controller has it, or the cluster cannot be used.
+        ClaimLost: Another controller has taken it over.
+        Interrupted: SIGTERM; what trained is saved.
+    """
+    signals = Signals()
+    with signals.heard(), ledger.claim(name) as claim:
+        storage.check_writable()
+        return _Journey(name, ledger, claim, storage, watch, signals).run(address)
+
+
+class _Journey:
+    """A campaign with its controller."""
 
     def __init__(
-        self, storage: Storage, stages: Stages, prepared: Prepared, goal: Destination, signals: Signals
+        self,
+        name: str,
+        ledger: Ledger,
+        claim: Claim,
+        storage: Storage,
+        watch: CampaignWatch,
+        signals: Signals,
     ) -> None:
-        self.storage, self.stages, self.prepared, self.goal = storage, stages, prepared, goal
-        self.signals = signals
-        self.run_path = run_path(prepared.name, goal.version)
-        self.artifact = artifact_path(prepared.name, goal.version)
-        self.scratch: str | None = None
-        self.began = time.monotonic()
-        self.outcome = Outcome("queued", prepared.name, goal.version, storage.full(self.artifact))
-        self.record: dict[str, Any] = goal.record or {
-            "fingerprint": prepared.fingerprint,
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "run": prepared.run.model_dump(mode="json", by_alias=True),
-        }
+        self.name, self.ledger, self.claim, self.storage = name, ledger, claim, storage
+        self.watch, self.signals = watch, signals
+        self.campaign = ledger.campaign(name)
+        self.settings = settings_of(self.campaign.manifest)
+        self.images: BatchResult | None = None
 
-    def run(self, address: str | None) -> Outcome:
-        """Take the run through all of its stages.
-
-        Args:
-            address: Ray cluster to join; `None` starts a private one on this machine.
-        """
-        cluster = self.prepared.run.cluster
-        self._becomes("preparing")
-        mirrors = Mirrors([], self.stages.note)
+    def run(self, address: str | None) -> CampaignOutcome:
+        mirror = self._mirror()
         try:
-            mirrors = self._mirrors()
-            with session(address, cluster.workers * cluster.cpus_per_worker + 2, self.storage):
-                self.signals.listen()  # Ray has taken them
-                joined = resolve_address(address) is not None
-                if joined and not self.storage.is_local:  # all nodes reach it, and Ray Train writes on each
-                    self.scratch = self.storage.full(f"{self.run_path}/gang")
-                wanted, fewest = cluster.gpus_per_worker, cluster.min_workers or cluster.workers
-                gpus = float(gpu_count() > 0) if wanted == "auto" else wanted
-                check_fits(fewest, cluster.cpus_per_worker, gpus, fixed=not joined)
-                shape = GangShape(cluster.workers, cluster.cpus_per_worker, gpus, cluster.min_workers)
-                pool = Pool(gpus=1.0 if gpus else 0.0)
-                subject, prior = self._images(pool)
-                metrics = self._train(shape, subject, prior, mirrors)
-                self._becomes("publishing")
-                self._samples(pool, mirrors)
-            self._register(mirrors, metrics)
-            mirrors.finish("succeeded")
-            checkpoint.delete(self.storage, self.run_path)
-            self.storage.remove(f"{self.run_path}/gang")
-            self._becomes("succeeded")
+            state = self._go(address, mirror)
         except BaseException as error:
-            state = _state_after(error)
-            with suppress(StorageError):  # it may be what failed
-                self._becomes(state, reason=str(error))
-            mirrors.finish(state)
-            if isinstance(error, StorageError):
-                raise error.failure() from error
+            mirror.finish("interrupted", str(error))
+            with suppress(SystemFailure):  # it may be what failed
+                what = str(error) or "interrupted"
+                reason = {"what": what, "seen": "", "do": f"raybooth campaign resume {self.name}"}
+                self.ledger.record_campaign(
+                    self.claim, state="stopped", reason=reason, finished_at=time.time()
+                )
             raise
-        self.outcome.seconds = round(time.monotonic() - self.began, 1)
-        return self.outcome
-
-    def _becomes(self, state: str, reason: str | None = None) -> None:
-        self.outcome.state = state
-        self.record |= {"state": state, "reason": reason}
-        self.storage.write_json(record_path(self.prepared.name, self.goal.version), self.record)
-
-    def _mirrors(self) -> Mirrors:
-        run, prepared = self.prepared.run, self.prepared
-        params = flatten(run.model_dump(mode="json", by_alias=True, exclude={"track"}))
-        tags = {
-            "raybooth.subject": prepared.name,
-            "raybooth.version": self.goal.version,
-            "raybooth.fingerprint": prepared.fingerprint,
-            "raybooth.base_revision": prepared.base.revision,
-            "raybooth.photos": prepared.photos.key,
-        }
-        uri = tracking_uri(self.storage, run.track.mlflow)
-        before = self.record.get("mlflow", {})
-        run_id = before.get("run_id") if before.get("uri") == uri else None
-        title = f"{prepared.name}-{self.goal.version}"
-        mlflow = MlflowTracker(uri, run.track.experiment, self.storage, title, params, tags, run_id)
-        self.outcome.run_id = mlflow.run_id
-        self.record["mlflow"] = {"uri": uri, "run_id": mlflow.run_id}
-        self._becomes(self.outcome.state)
-        trackers: list[Tracker] = [mlflow]
-        if run.track.tensorboard:
-            root = Path(self.storage.uri) if self.storage.is_local else Path("raybooth-tensorboard")
-            trackers.append(TensorBoardTracker(root / self.run_path / "tensorboard"))
-        return Mirrors(trackers, self.stages.note)
-
-    def _images(self, pool: Pool) -> tuple[ImageSet, ImageSet | None]:
-        """Draw the class images that are missing and encode what is not encoded yet."""
-        run, base = self.prepared.run, self.prepared.base
-        subject, prior = self.prepared.subject_images(), None
-        key = self.outcome.prior_key = self.prepared.prior_key(pool.device)
-        if key:
-            have = min(prior_count(self.storage, key), run.prior.num_images)
-            if have < run.prior.num_images:
-                with self.stages.stage("drawing class images", run.prior.num_images) as stage:
-                    stage.at(have)
-                    noun = run.subject.class_noun
-                    drawn = draw_prior(self.storage, base, run.prior, noun, pool, stage.advance, self._waits)
-                self.outcome.prior_images_drawn = drawn
-            else:
-                self.stages.note(f"class images: all {run.prior.num_images} are there (set {key})")
-            prior = prior_images(self.storage, key, run.prior.num_images)
-        sets = [subject, prior] if prior else [subject]
-        missing = sum(missing_images(self.storage, base, images) for images in sets)
-        if missing:
-            with self.stages.stage("encoding images", missing) as stage:
-                encode(self.storage, base, sets, pool, stage.advance)
-        return subject, prior
-
-    def _waits(self) -> None:
-        self.stages.note("another run is drawing these class images: waiting for it")
-
-    def _train(
-        self, shape: GangShape, subject: ImageSet, prior: ImageSet | None, mirrors: Mirrors
-    ) -> Mapping[str, float]:
-        """Hand the run to a gang and watch it; returns its last metrics."""
-        run, base = self.prepared.run, self.prepared.base
-        done = self.storage.manifest(self.artifact)
-        if done and done["fingerprint"] == self.prepared.fingerprint:
-            log = self._log(mirrors)
-            kept = rows_kept(self.storage, f"{self.run_path}/{checkpoint.ROWS}", run.train.steps)
-            mirror(log.add([Event(0, 0, "step", row) for row in kept]), mirrors, self.storage)
-            return dict(
-                done["metrics"]
-            )  # published before the driver died, which may not have heard the last steps
-        lease = Lease(
-            run=run.model_dump(mode="json", by_alias=True),
-            name=self.prepared.name,
-            version=self.goal.version,
-            base_model=base.model,
-            base_revision=base.revision,
-            storage_uri=self.storage.uri,
-            subject_latents=latent_refs(self.storage, base, subject),
-            class_latents=latent_refs(self.storage, base, prior, run.prior.num_images) if prior else [],
-            subject_ids=self.prepared.subject_ids,
-            class_ids=self.prepared.class_ids,
-            identity=self.prepared.identity.as_json(),
-            meta={
-                "fingerprint": self.prepared.fingerprint,
-                "prior_key": self.outcome.prior_key,
-                "subject_names": self.prepared.photo_names,
-            },
-            sample_ids=self.prepared.sample_ids,
-        )
-        self._becomes("training")
-        with self.stages.stage(f"training {self.prepared.name}", run.train.steps) as stage:
-            return self._watch(shape, lease, stage, mirrors)
-
-    def _log(self, mirrors: Mirrors) -> EventLog:
-        """The run's log; what it has already is mirrored again, as the driver that wrote it may not have come to it."""
-        log = EventLog(self.storage, f"{self.run_path}/events.jsonl")
-        mirror(log.before, mirrors, self.storage)
-        return log
-
-    def _watch(self, shape: GangShape, lease: Lease, stage: Stage, mirrors: Mirrors) -> Mapping[str, float]:
-        mailbox_name = f"raybooth-{lease.name}-{lease.version}-{uuid4().hex[:8]}"
-        mailbox = create(mailbox_name)
-        gang = GangThread(lambda: run_gang(mailbox_name, shape, self.scratch))
-        log = self._log(mirrors)
-        mailbox.post(lease)
-        gang.start()
-        watch = Watch(mailbox, gang, log, stage, self.stages, mirrors, self.signals)
+        campaign, rows = self.ledger.campaign(self.name), self.ledger.runs(self.name)
+        self.watch.show(campaign, rows)
+        outcome = outcome_of(self.ledger, self.storage, self.name)
+        outcome.images = self.images.as_json() if self.images else None
+        mirror.counts(_counts(rows), campaign.worker_seconds, at_once=True)
         try:
+            report = write_report(self.storage, campaign, rows)
+            outcome.report = self.storage.full(report)
+            mirror.report(report.rpartition("/")[0])
+        except StorageError as error:  # what was trained is on record
+            self.watch.note(f"the report is not written: {error}")
+        mirror.finish(state)
+        return outcome
+
+    def _go(self, address: str | None, mirror: CampaignMirror) -> str:
+        """Train and draw what is missing; returns the campaign's state."""
+        unfinished = [row.id for row in self.ledger.runs(self.name) if row.finished_at is None]
+        if unfinished:
+            return self._train(unfinished, address, mirror)
+        self._draw(Pool(), lambda: session(address, STREAM_CPUS, self.storage))
+        return self.campaign.state
+
+    def _train(self, runs: Sequence[int], address: str | None, mirror: CampaignMirror) -> str:
+        clusters = self._clusters(runs)
+        site = survey(clusters, self.settings.schedule, address)
+        with session(address, site.cpus, self.storage):
+            self.signals.listen()  # Ray has taken them
+            site = settled(site, clusters, self.settings.schedule)
             with self.signals.patiently():
-                metrics = watch.until_published()
-        except BaseException:
-            mailbox.close()  # the gang dies with the session; waiting for it to finish its run would take long
-            raise
-        mailbox.stop()
-        gang.join(timeout=STOP_S)
-        mailbox.close()
-        return metrics
+                state = self._control(site, mirror)
+            if state != "stopped":
+                gpus = gpu_count() if site.device == "cuda" else 0
+                self._draw(Pool(max(gpus, 1), gpus=float(gpus > 0)), nullcontext)
+        return state
 
-    def _register(self, mirrors: Mirrors, metrics: Mapping[str, float]) -> None:
-        """Register the artifact. Our record goes last: what is in it is done, and a restart repeats the rest."""
-        self.outcome.metrics = {key: float(value) for key, value in metrics.items()}
-        prepared = self.prepared
-        number = mirrors.register(prepared.name, self.goal.version, self.storage, self.artifact)
-        Registry(self.storage).add(
-            prepared.name,
-            self.goal.version,
-            {
-                "artifact": self.artifact,
-                "created": datetime.now(UTC).isoformat(timespec="seconds"),
-                "fingerprint": prepared.fingerprint,
-                "method": prepared.run.train.method,
-                "base": prepared.base.model,
-                "class": prepared.identity.class_noun,
-                "identifier": prepared.identity.identifier,
-                "metrics": self.outcome.metrics,
-                "prior_key": self.outcome.prior_key,
-                "mlflow": {**self.record["mlflow"], "version": number},
-            },
-        )
+    def _control(self, site: Site, mirror: CampaignMirror) -> str:
+        """Train, until nothing is left to train."""
+        with ExitStack() as stack:
+            works = CampaignWorks(
+                self.name,
+                self.storage,
+                self.settings.schedule,
+                site,
+                self.ledger.spec,
+                mirror,
+                self.watch.note,
+            )
+            stack.callback(works.close)
 
-    def _samples(self, pool: Pool, mirrors: Mirrors) -> None:
-        """Draw the sample grid of the finished artifact: one row a prompt."""
-        wanted, identity = self.prepared.run.validate_, self.prepared.identity
-        if not wanted.prompts:
+            def show(rows: Sequence[RunRow]) -> None:
+                if self.signals.leave:
+                    controller.stop("terminated")
+                if self.watch.due:
+                    campaign = self.ledger.campaign(self.name)
+                    self.watch.show(campaign, rows)
+                    mirror.counts(_counts(rows), campaign.worker_seconds)
+
+            controller = Controller(
+                self.ledger,
+                self.claim,
+                self.campaign,
+                self.settings.schedule,
+                self.settings.budget,
+                works,
+                show,
+                self.watch.note,
+            )
+            state = controller.run()
+        if self.signals.leave:
+            raise Terminated("what trained is saved")
+        return state
+
+    def _clusters(self, runs: Sequence[int]) -> list[Cluster]:
+        """The different demands of the runs on the cluster."""
+        specs = self.ledger.specs(runs).values()
+        different = {repr(spec["cluster"]): spec["cluster"] for spec in specs if "cluster" in spec}
+        return [Cluster.model_validate(cluster) for cluster in different.values()]
+
+    def _draw(self, pool: Pool, ray: Callable[[], AbstractContextManager[None]]) -> None:
+        """Draw the campaign's prompts of every subject that succeeded."""
+        done = [row for row in self.ledger.runs(self.name, "succeeded") if row.version]
+        if not self.settings.prompts or not done:
             return
-        requests = [
-            {
-                "index": row * wanted.num_images + seed,
-                "prompt": render_prompt(prompt, identity.class_noun, identity.identifier, identity.template),
-                "seed": seed,
-                "steps": wanted.steps,
-                "guidance": wanted.guidance,
-            }
-            for row, prompt in enumerate(wanted.prompts)
-            for seed in range(wanted.num_images)
-        ]
-        source = (self.storage.uri, self.prepared.name, self.goal.version)
-        with self.stages.stage("drawing samples", len(requests)) as stage:
-            images = []
-            for row in draw_pngs(self.prepared.base, requests, pool, DRAW_WIDTH[pool.device], source):
-                images.append(decode_png(bytes(row["png"])))
-                stage.advance()
-        picture = encode_png(grid(images, columns=wanted.num_images), None)
-        self.storage.write(f"{self.run_path}/samples.png", picture)
-        mirrors.image("samples", picture, self.prepared.run.train.steps)
+        wanted = Wanted(tuple(self.settings.prompts), **self.settings.images.model_dump())
+        out = Storage(self.storage.full(f"campaigns/{self.name}/images"))
+        subjects = [(row.name, str(row.version)) for row in done]
+        self.images = draw_batch(self.storage, out, subjects, wanted, pool, self.watch, ray=ray)
+
+    def _mirror(self) -> CampaignMirror:
+        """The campaign in MLflow. It must be reachable at the start; what it misses later is a note."""
+        track = self.settings.track
+        uri = tracking_uri(self.storage, track.mlflow)
+        mirror = CampaignMirror(
+            uri,
+            track.experiment,
+            self.storage,
+            self.name,
+            self.campaign.manifest,
+            self.campaign.created_at,
+            self.campaign.mlflow_run_id,
+            self.watch.note,
+        )
+        self.ledger.record_campaign(self.claim, mlflow_run_id=mirror.run_id)
+        return mirror
 
 
-def _state_after(error: BaseException) -> str:
-    if isinstance(error, Terminated | SystemExit):
-        return "interrupted"
-    return "cancelled" if isinstance(error, KeyboardInterrupt) else "failed"
+def outcome_of(ledger: Ledger, storage: Storage, name: str) -> CampaignOutcome:
+    """What is on record of a campaign, as `--json` tells it."""
+    campaign, rows = ledger.campaign(name), ledger.runs(name)
+    subjects = [
+        {
+            "name": row.name,
+            "state": row.state,
+            "reason": dict(row.reason) if row.reason and row.state in ("failed", "cancelled") else None,
+            "version": row.version if row.state == "succeeded" else None,
+            "artifact": row.artifact,
+            "metrics": dict(row.metrics) if row.metrics else None,
+            "attempts": row.attempts,
+        }
+        for row in rows
+    ]
+    ended = campaign.finished_at or campaign.created_at
+    return CampaignOutcome(
+        campaign=name,
+        state=campaign.state,
+        subjects=subjects,
+        priors=_priors(rows, storage),
+        seconds=round(ended - campaign.created_at, 1),
+        reason=dict(campaign.reason) if campaign.reason else None,
+    )
+
+
+def _priors(rows: Sequence[RunRow], storage: Storage) -> list[dict[str, Any]]:
+    """The prior sets of a campaign: whose, how many images, how many of them it drew."""
+    sets: dict[str, list[RunRow]] = {}
+    for row in rows:
+        if row.prior_key:
+            sets.setdefault(row.prior_key, []).append(row)
+    return [
+        {
+            "key": key,
+            "class": of[0].class_noun,
+            "images": prior_count(storage, key),
+            "drawn": sum(row.prior_drawn for row in of),
+            "subjects": len(of),
+        }
+        for key, of in sets.items()
+    ]
+
+
+def _counts(rows: Sequence[RunRow]) -> dict[str, int]:
+    states = [row.state for row in rows]
+    return {state: states.count(state) for state in set(states)}

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from orchestrator.cli_batch import batch
+from orchestrator.cli_campaign import app as campaign_app
 from orchestrator.cli_draw import demo, generate
 from orchestrator.cli_prior import app as prior_app
 from orchestrator.cli_subjects import app as subjects_app
@@ -41,6 +43,8 @@ def _root(
 
 app.command()(train)
 app.command()(generate)
+app.command()(batch)
+app.add_typer(campaign_app, name="campaign")
 app.add_typer(subjects_app, name="subjects")
 app.add_typer(prior_app, name="prior")
 app.command()(plan)

@@ -58,7 +58,7 @@ def generate(
         from orchestrator.progress import open_stages
         from serving.generate import generate as draw
 
-        wanted = [*(prompts or []), *(_read_prompts(prompts_file) if prompts_file else [])]
+        wanted = [*(prompts or []), *(read_lines(prompts_file, "prompts") if prompts_file else [])]
         if not wanted:
             raise UserError(
                 "no prompt was given", "", 'add one, such as "a photo of {subject}", or --prompts FILE'
@@ -89,13 +89,13 @@ def generate(
             output.say(f"  all of them: {result.grid}")
 
 
-def _read_prompts(file: Path) -> list[str]:
-    """The prompts of a text file: one a line, blank lines and `#` comments skipped."""
+def read_lines(file: Path, what: str) -> list[str]:
+    """The prompts or names of a text file: one a line, blank lines and `#` comments skipped."""
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
-            f"the prompts file {file} cannot be read", str(error), "give a UTF-8 text file"
+            f"the {what} file {file} cannot be read", str(error), "give a UTF-8 text file"
         ) from error
     return [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
 

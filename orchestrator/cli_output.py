@@ -34,6 +34,8 @@ class Output:
 
     as_json: bool
     result: dict[str, Any] = field(default_factory=dict)
+    exit_code: int = 0
+    """Of a command that did its work, and not all of it succeeded."""
     console: Console = field(default_factory=lambda: Console(stderr=True, highlight=False, soft_wrap=True))
 
     def say(self, text: str) -> None:
@@ -66,6 +68,8 @@ def reporting(as_json: bool, debug: bool) -> Iterator[Output]:
     else:
         if as_json:
             print(json.dumps(output.result, ensure_ascii=False), flush=True)
+        if output.exit_code:
+            raise typer.Exit(output.exit_code)
 
 
 def _fail(output: Output, error: RayboothError, debug: bool, code: int) -> None:

@@ -127,7 +127,7 @@ def rollback(
 
 def _mirrored(subject: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
     """Moves MLflow's alias too, where the version was registered there; our own is moved already."""
-    from orchestrator.tracking import mirror_alias
+    from orchestrator.mlflow_tracker import mirror_alias
 
     mlflow = subject["versions"][subject["aliases"]["champion"]]["mlflow"]
     if mlflow["version"]:

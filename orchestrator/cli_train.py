@@ -84,15 +84,21 @@ def _flags(
     elif images and config is None:
         subject["name"] = _name_of(images)
     flags: dict[str, Any] = {"subject": subject} if subject else {}
-    if base:
-        # workers have another working folder than the one a path was typed in
-        folder = Path(base).expanduser()
-        is_folder = folder.exists() and base != DEFAULT_BASE
-        model, _, revision = (str(folder.resolve()), "", "") if is_folder else base.partition("@")
-        flags["base"] = {"model": model, **({"revision": revision} if revision else {})}
+    flags |= base_flags(base)
     if method:
         flags["train"] = {"method": method}
     return flags
+
+
+def base_flags(base: str) -> dict[str, Any]:
+    """The option `--base` as a nested spec; empty when it was not given."""
+    if not base:
+        return {}
+    # workers have another working folder than the one a path was typed in
+    folder = Path(base).expanduser()
+    is_folder = folder.exists() and base != DEFAULT_BASE
+    model, _, revision = (str(folder.resolve()), "", "") if is_folder else base.partition("@")
+    return {"base": {"model": model, **({"revision": revision} if revision else {})}}
 
 
 def _name_of(images: list[str]) -> str:
@@ -184,18 +190,23 @@ def plan(
             output.say(line)
 
 
-def schema() -> None:
-    """Print the JSON Schema of run.yaml, for editors.
+def schema(
+    campaign: Annotated[bool, typer.Option("--campaign", help="Of campaign.yaml instead.")] = False,
+) -> None:
+    """Print the JSON Schema of run.yaml or campaign.yaml, for editors.
 
-    Example:
+    Examples:
 
       raybooth schema > run.schema.json
+
+      raybooth schema --campaign > campaign.schema.json
     """
     import json
 
+    from orchestrator.campaign_settings import campaign_schema
     from orchestrator.spec import run_schema
 
-    print(json.dumps(run_schema(), indent=2))
+    print(json.dumps(campaign_schema() if campaign else run_schema(), indent=2))
 
 
 def doctor(

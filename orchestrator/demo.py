@@ -7,9 +7,9 @@ import numpy as np
 from PIL import Image
 
 from cluster.storage import Storage
-from orchestrator.campaign import Outcome
 from orchestrator.progress import Stages
 from orchestrator.sheet import SheetRow, contact_sheet
+from orchestrator.single import Outcome
 from orchestrator.spec import load_run
 from orchestrator.train import train_subject
 from pocket.subject import SUBJECT_CLASS, SUBJECT_NAME, write_photos

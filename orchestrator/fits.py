@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from threading import Lock
 from typing import Any
 
 from cluster.errors import UserError
@@ -101,6 +102,56 @@ def check_memory(base: BaseInfo, run: Run, device: str, room: Room) -> Fit:
         found.line(),
         _remedies(base, run, device, room),
     )
+
+
+class Memory:
+    """What runs need on one kind of machine, estimated once for those that need the same.
+
+    Args:
+        device: `cpu` or `cuda`.
+        room: What there is for one gang.
+    """
+
+    def __init__(self, device: str, room: Room) -> None:
+        self.device, self.room = device, room
+        self._known: dict[str, Fit | UserError] = {}
+        self._lock = Lock()
+
+    def check(self, base: BaseInfo, run: Run) -> None:
+        """Refuse a run that cannot fit; raises as `check_memory` does."""
+        if self.room == Room(None, None):
+            return
+        alike = run.model_dump(include={"train", "engine", "cluster", "validate_", "prior"})
+        for section, settings in _WITHOUT_MEMORY.items():
+            alike[section] = {key: value for key, value in alike[section].items() if key not in settings}
+        # of the steps it only matters whether samples are drawn and checkpoints saved on the way
+        on_the_way = [run.validate_.every < run.train.steps, run.checkpoint.every < run.train.steps]
+        key = f"{base.revision} {alike} {on_the_way}"
+        with self._lock:  # a second one would take as long as waiting for the first
+            if key not in self._known:
+                try:
+                    self._known[key] = check_memory(base, run, self.device, self.room)
+                except UserError as error:
+                    self._known[key] = error
+            found = self._known[key]
+        if isinstance(found, UserError):
+            raise UserError(found.what, found.seen, found.do)
+
+
+# Settings that take no memory, of sections that otherwise do.
+_WITHOUT_MEMORY = {
+    "train": (
+        "steps",
+        "lr",
+        "seed",
+        "prompt",
+        "weight_decay",
+        "warmup_steps",
+        "lr_scheduler",
+        "max_grad_norm",
+    ),
+    "prior": ("num_images", "prompt", "negative_prompt", "sampler", "steps", "guidance", "seed"),
+}
 
 
 def _remedies(base: BaseInfo, run: Run, device: str, room: Room) -> str:

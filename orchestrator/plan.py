@@ -10,11 +10,11 @@ from orchestrator.fits import Fit, Room, check_memory
 from orchestrator.prepare import Prepared, destination, prepare, run_path
 from training.artifact import artifact_path
 from training.checkpoint import steps_saved
+from training.latents import missing_shards
 from training.pipeline import BaseInfo
 from training.prior import prior_count, prior_images
 from training.recipe import Run
-from training.shapes import count, trained_shapes
-from training.stream import missing_shards
+from training.shapes import sizes
 
 BYTES_PER_WEIGHT = 4  # artifacts are fp32
 
@@ -109,7 +109,7 @@ def plan_run(
         prepared = prepare(run, Storage(scratch))
     goal = destination(storage, prepared.name, prepared.fingerprint, new_version)
     room = room or (Room(None, None) if resolve_address(None) else Room.here(device))
-    trained, size = _artifact_size(prepared.base, run)
+    trained, size = artifact_size(prepared.base, run)
     return Plan(
         subject=prepared.name,
         version=goal.version,
@@ -122,7 +122,7 @@ def plan_run(
         photos=prepared.photos.count,
         training_images=prepared.photos.count * run.data.images_per_photo,
         latents_cached=not missing_shards(storage, prepared.base, prepared.subject_images()),
-        prior=_prior(prepared, storage, device),
+        prior=prior_plan(prepared, storage, device),
         steps=run.train.steps,
         pairs_per_step=run.train.pairs_per_step,
         resume_from=max(steps_saved(storage, run_path(prepared.name, goal.version)), default=0),
@@ -137,7 +137,8 @@ def plan_run(
     )
 
 
-def _prior(prepared: Prepared, storage: Storage, device: str) -> PriorPlan | None:
+def prior_plan(prepared: Prepared, storage: Storage, device: str) -> PriorPlan | None:
+    """The prior set of a run; `None` without prior preservation."""
     key, wanted = prepared.prior_key(device), prepared.run.prior.num_images
     if key is None:
         return None
@@ -148,12 +149,10 @@ def _prior(prepared: Prepared, storage: Storage, device: str) -> PriorPlan | Non
     return PriorPlan(key, wanted, present, cached)
 
 
-def _artifact_size(base: BaseInfo, run: Run) -> tuple[int, int]:
+def artifact_size(base: BaseInfo, run: Run) -> tuple[int, int]:
     """Trained parameters, and bytes of the artifact they are published in; from shapes alone."""
-    models = trained_shapes(base, run.train)
-    trained = sum(count(model) for model in models)
+    trained, everything = sizes(base, run.train)
     if run.train.method == "lora":
         return trained, trained * BYTES_PER_WEIGHT
     copied = (p for part in ("vae", "tokenizer", "scheduler") for p in (base.path / part).glob("*.*"))
-    weights = sum(count(model, trained=False) for model in models) * BYTES_PER_WEIGHT
-    return trained, weights + sum(p.stat().st_size for p in copied)
+    return trained, everything * BYTES_PER_WEIGHT + sum(p.stat().st_size for p in copied)

@@ -14,12 +14,12 @@ from cluster.storage import Storage, sha256
 from training.artifact import Identity
 from training.identifier import choose_identifier
 from training.intake import TABLE, Intake, StoredPhotos, read_photos, store_photos
+from training.latents import ImageSet, Shard
 from training.pipeline import BaseInfo, load_tokenizer, open_base, token_ids
 from training.prior import prior_key
 from training.prompt import TEMPLATE, render_prompt
 from training.recipe import TRAINED_SECTIONS, Run
-from training.shapes import trained_shapes
-from training.stream import ImageSet, Shard
+from training.shapes import sizes
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def prepare(run: Run, storage: Storage) -> Prepared:
     samples = [render_prompt(prompt, noun, choice.identifier) for prompt in run.validate_.prompts]
     prompts = [subject_prompt, class_prompt, run.prior.negative_prompt, "", *samples]
     subject_ids, class_ids, _, *sample_ids = token_ids(tokenizer, prompts, base.token_limit).tolist()
-    trained_shapes(base, run.train)  # refuses what cannot be trained
+    sizes(base, run.train)  # refuses what cannot be trained
     intake = read_photos(run.subject.images, base.image_size)
     _check_holdout(run, intake)
     photos = store_photos(storage, run.subject.name, intake, base.image_size)

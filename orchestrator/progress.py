@@ -47,7 +47,7 @@ class Stages(Protocol):
 
 def open_stages() -> Stages:
     """Bars when stderr is a terminal, lines when it is not."""
-    return _Bars() if sys.stderr.isatty() else _Lines(sys.stderr)
+    return _Bars() if sys.stderr.isatty() else Lines(sys.stderr)
 
 
 class _Bars:
@@ -83,7 +83,9 @@ class _Bar:
         self.progress.update(self.task, completed=done, detail=detail)
 
 
-class _Lines:
+class Lines:
+    """Stages as lines, for what is no terminal."""
+
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
 
@@ -98,7 +100,7 @@ class _Lines:
 
 
 class _Line:
-    def __init__(self, lines: _Lines, title: str, total: int) -> None:
+    def __init__(self, lines: Lines, title: str, total: int) -> None:
         self.lines, self.title, self.total = lines, title, total
         self.done = 0
         self.first: tuple[int, float] | None = None  # units and time that the speed is counted from

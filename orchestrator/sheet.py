@@ -26,6 +26,13 @@ class SheetRow:
     captions: Sequence[str] = ()
 
 
+def shrunk(image: Pixels, tile: int) -> Pixels:
+    """The image [S, S, 3] at most `tile` pixels large: many are held at a time."""
+    if len(image) <= tile:
+        return image
+    return np.asarray(Image.fromarray(image).resize((tile, tile), Image.Resampling.LANCZOS))
+
+
 def contact_sheet(title: str, rows: Sequence[SheetRow], tile: int = 144) -> Pixels:
     """A labelled contact sheet.
 

@@ -4,7 +4,7 @@ Precedence is defaults < file < flags < `--set`. Paths in a file are relative to
 where the command runs.
 """
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from cluster.errors import UserError, did_you_mean
+from orchestrator.document import anchor_run, parse_document
 from training.prompt import render_prompt
 from training.recipe import Lora, Run, merge, with_defaults
 
@@ -29,9 +30,9 @@ def load_run(config: Path | None, flags: Mapping[str, Any], sets: Sequence[str])
         UserError: A setting cannot be used; it names its path, what was seen and what is allowed.
     """
     raw: Mapping[str, Any] = read_config(config) if config else {}
-    raw = merge(raw, _given(flags))
+    raw = merge(raw, given(flags))
     for assignment in sets:
-        raw = merge(raw, _assigned(assignment))
+        raw = merge(raw, assigned(assignment))
     return parse_run(raw)
 
 
@@ -40,7 +41,7 @@ def parse_run(raw: Mapping[str, Any]) -> Run:
     try:
         run = Run.model_validate(with_defaults(raw))
     except ValidationError as error:
-        raise _explain(error) from None
+        raise explained(error) from None
     if run.train.method == "full" and run.train.lora != Lora():
         raise UserError(
             "train.lora takes no effect",
@@ -66,52 +67,22 @@ def read_config(path: Path) -> dict[str, Any]:
         UserError: It cannot be read, is empty, is not YAML, gives a key twice, or is not a mapping.
     """
     try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), _OnceLoader)
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read", str(error), "name a YAML file") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not YAML", " ".join(str(error).split()), "correct it there") from error
-    if not isinstance(raw, dict) or not raw:
-        seen = "it is empty" if raw in (None, {}) else f"it is a {type(raw).__name__}"
-        raise UserError(f"{path} has no settings", seen, "write sections such as `train: {steps: 300}`")
-    folder = path.resolve().parent
-    subject, base = raw.get("subject"), raw.get("base")
-    if isinstance(subject, dict) and "images" in subject:
-        images = subject["images"]
-        subject["images"] = (
-            [_anchored(i, folder) for i in images] if isinstance(images, list) else _anchored(images, folder)
-        )
-    if isinstance(base, dict) and str(base.get("model")).startswith("."):  # else `a/b` is a hub id
-        base["model"] = _anchored(base["model"], folder)
+    raw = parse_document(text, str(path)).raw
+    anchor_run(raw, str(path.resolve().parent))
     return raw
 
 
-class _OnceLoader(yaml.SafeLoader):
-    """Refuses a key that is given twice, of which YAML would silently drop the first."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
-        keys = [key.value for key, _ in node.value]
-        for key, _ in node.value:
-            if keys.count(key.value) > 1:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key.value} is there twice", key.start_mark
-                )
-        return super().construct_mapping(node, deep)
-
-
-def _anchored(path: Any, folder: Path) -> Any:
-    if not isinstance(path, str) or "://" in path or path.startswith("~"):
-        return path
-    return str(folder / path)
-
-
-def _given(flags: Mapping[str, Any]) -> dict[str, Any]:
+def given(flags: Mapping[str, Any]) -> dict[str, Any]:
     """`flags` without those that are `None`, section by section."""
-    parts = ((k, _given(v) if isinstance(v, Mapping) else v) for k, v in flags.items())
+    parts = ((k, given(v) if isinstance(v, Mapping) else v) for k, v in flags.items())
     return {key: value for key, value in parts if value is not None}
 
 
-def _assigned(assignment: str) -> dict[str, Any]:
+def assigned(assignment: str) -> dict[str, Any]:
+    """The sections that one `a.b.c=VALUE` of `--set` makes."""
     path, equals, text = assignment.partition("=")
     keys = path.strip().split(".")
     if not equals or not all(keys):
@@ -190,15 +161,19 @@ _FLAGS = {
 # -- pydantic's errors, for people -------------------------------------------------------------------------
 
 
-def _explain(error: ValidationError) -> UserError:
-    """One error out of pydantic's list; several alternatives of one setting become one line."""
+def explained(error: ValidationError, model: type[BaseModel] = Run) -> UserError:
+    """One error out of pydantic's list about a `model`; several alternatives of one setting become one line."""
     mistakes: dict[str, tuple[str, str, str]] = {}
     for detail in error.errors(include_url=False):
-        path, field = _setting(detail["loc"])
+        path, field = setting_at(detail["loc"], model)
         what, seen = f"{path} cannot be used", f"it is {detail['input']!r}"
         _, expected, wants = detail["msg"].partition(", unable")[0].partition("Input should be ")
         if detail["type"] == "extra_forbidden":
-            mistake = (f"{path} is not a setting", f"it was given {detail['input']!r}", _suggestion(path))
+            mistake = (
+                f"{path} is not a setting",
+                f"it was given {detail['input']!r}",
+                suggestion(path, model),
+            )
         elif detail["type"] == "missing":
             mistake = (
                 f"{path} is missing",
@@ -222,10 +197,10 @@ def _explain(error: ValidationError) -> UserError:
     )
 
 
-def _setting(loc: Sequence[str | int]) -> tuple[str, FieldInfo | None]:
+def setting_at(loc: Sequence[str | int], model: type[BaseModel] = Run) -> tuple[str, FieldInfo | None]:
     """A setting's path as it is in the YAML, without the names of union members, and its field."""
     path: list[str] = []
-    fields: dict[str, FieldInfo] | None = _fields(Run)
+    fields: dict[str, FieldInfo] | None = _fields(model)
     field: FieldInfo | None = None
     for part in loc:
         if fields is not None:
@@ -244,16 +219,16 @@ def _fields(model: Any) -> dict[str, FieldInfo] | None:
     return {field.alias or name: field for name, field in model.model_fields.items()}
 
 
-def _all_paths(model: Any = Run, prefix: str = "") -> Iterator[str]:
+def _all_paths(model: Any, prefix: str = "") -> Iterator[str]:
     for key, field in (_fields(model) or {}).items():
         yield prefix + key
         yield from _all_paths(field.annotation, f"{prefix}{key}.")
 
 
-def _suggestion(path: str) -> str:
+def suggestion(path: str, model: Any) -> str:
     """The nearest setting in the same section, else those of the same name elsewhere, else what there is."""
     section, _, key = path.rpartition(".")
-    beside = [p.rpartition(".")[2] for p in _all_paths() if p.rpartition(".")[0] == section]
-    elsewhere = [p for p in _all_paths() if p.rpartition(".")[2] == key]
+    beside = [p.rpartition(".")[2] for p in _all_paths(model) if p.rpartition(".")[0] == section]
+    elsewhere = [p for p in _all_paths(model) if p.rpartition(".")[2] == key]
     near = did_you_mean(key, beside)
     return near if "did you mean" in near or not elsewhere else f"did you mean {' or '.join(elsewhere)}?"

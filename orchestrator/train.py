@@ -1,13 +1,13 @@
-"""This file is where `raybooth train` starts: a run is prepared, its version found, and its campaign begun."""
+"""This file is where `raybooth train` starts: a run is prepared, its version found, and its way begun."""
 
 from cluster.registry import Registry
 from cluster.session import resolve_address, sees_gpu
 from cluster.storage import Storage
-from orchestrator.campaign import Campaign, Outcome
 from orchestrator.fits import Room, check_memory
 from orchestrator.prepare import Destination, Prepared, destination, one_at_a_time, prepare
 from orchestrator.progress import Stages
 from orchestrator.signals import Signals
+from orchestrator.single import Outcome, SingleRun
 from training.recipe import Run
 
 
@@ -52,7 +52,7 @@ def _train(
         if resolve_address(address) is None:  # else workers run on machines that are not known yet
             device = "cuda" if sees_gpu() and run.cluster.gpus_per_worker != 0 else "cpu"
             check_memory(prepared.base, run, device, Room.here(device))
-        return Campaign(storage, stages, prepared, goal, signals).run(address)
+        return SingleRun(storage, stages, prepared, goal, signals).run(address)
 
 
 def _finished_before(storage: Storage, prepared: Prepared, goal: Destination) -> Outcome:

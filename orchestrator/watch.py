@@ -5,12 +5,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from cluster.errors import SystemFailure, failure_of
-from cluster.mailbox import CHECKPOINT, Event, MailboxClient
+from cluster.mailbox import CHECKPOINT, NOBODY, Event, MailboxClient
 from cluster.session import free_resources
-from orchestrator.events import EventLog, GangThread
+from orchestrator.events import GangThread
 from orchestrator.progress import Stage, Stages
+from orchestrator.run_record import RunRecord
 from orchestrator.signals import Signals, Terminated
-from orchestrator.tracking import Mirrors, mirror
 
 POLL_S = 0.2  # a bar feels live at 5 Hz
 GRACE_S = 25.0  # for a checkpoint after SIGTERM: a pod has 30 s until it is killed
@@ -23,10 +23,9 @@ class Watch:
     Args:
         mailbox: Of the campaign; the lease is posted.
         gang: The thread that runs the gang.
-        log: Takes every event.
+        record: Takes every event.
         stage: The bar of the steps.
         stages: Takes notes for people.
-        mirrors: Take the figures.
         signals: What this process is told from outside.
     """
 
@@ -34,14 +33,13 @@ class Watch:
         self,
         mailbox: MailboxClient,
         gang: GangThread,
-        log: EventLog,
+        record: RunRecord,
         stage: Stage,
         stages: Stages,
-        mirrors: Mirrors,
         signals: Signals,
     ) -> None:
-        self._mailbox, self._gang, self._log = mailbox, gang, log
-        self._stage, self._stages, self._mirrors, self._signals = stage, stages, mirrors, signals
+        self._mailbox, self._gang, self._record = mailbox, gang, record
+        self._stage, self._stages, self._signals = stage, stages, signals
         self._heard_at, self._told_of_silence = time.monotonic(), False
         self._starts = 0
         self._leave_by: float | None = None
@@ -57,8 +55,7 @@ class Watch:
         while True:
             alive = self._gang.is_alive()
             heard = self._mailbox.drain(POLL_S)
-            said = self._log.add(heard)
-            mirror(said, self._mirrors, self._log.storage)
+            said = self._record.heard([event for event in heard if event.lease != NOBODY])
             rows = [entry for entry in said if entry["event"] == "step"]
             if rows:
                 self._stage.at(int(rows[-1]["step"]), _figures(rows[-1]))

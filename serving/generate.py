@@ -5,7 +5,7 @@ import re
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -107,8 +107,7 @@ def generate(
     paths = []
     for (prompt, request), image in zip(wanted, images, strict=True):
         path = out.absolute() / f"{subject.label}-{_slug(prompt)}-s{request.seed}.png"
-        about = {**asdict(request), "subject": subject.label, "base_revision": revision}
-        _replace(path, encode_png(image, about))
+        _replace(path, encode_png(image, request.parameters(subject.label, revision)))
         paths.append(path)
     sheet = out.absolute() / "grid.png" if len(images) > 1 else None
     if sheet:

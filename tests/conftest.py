@@ -1,9 +1,15 @@
 """This file is where tests get their real parts: a tiny Stable Diffusion made from configs, a storage root."""
 
 import json
-from collections.abc import Iterator
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from uuid import uuid4
 
+import boto3
 import pytest
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -140,3 +146,50 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+# -- an object store ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def object_store() -> Iterator[Mapping[str, str]]:
+    """The environment that reaches a real S3 server on the loopback, which checks signatures and policies."""
+    script = "from moto.server import main; main(['-H', '127.0.0.1', '-p', '0'])"
+    free = {"INITIAL_NO_AUTH_ACTION_COUNT": "3"}  # calls that make the first user, before any is checked
+    with subprocess.Popen(
+        [sys.executable, "-c", script], env={**os.environ, **free}, stderr=subprocess.PIPE, text=True
+    ) as server:
+        assert server.stderr is not None
+        said = iter(server.stderr.readline, "")
+        url = next(line.rpartition(" ")[2].strip() for line in said if "Running on http" in line)
+        threading.Thread(target=server.stderr.read, daemon=True).start()  # a full pipe would stop it
+        anybody = {"aws_access_key_id": "any", "aws_secret_access_key": "any"}
+        iam = boto3.client("iam", endpoint_url=url, region_name="us-east-1", **anybody)
+        iam.create_user(UserName="booth")
+        everything = (
+            '{"Version": "2012-10-17", "Statement": {"Effect": "Allow", "Action": "s3:*", "Resource": "*"}}'
+        )
+        iam.put_user_policy(UserName="booth", PolicyName="s3", PolicyDocument=everything)
+        key = iam.create_access_key(UserName="booth")["AccessKey"]
+        iam.close()
+        yield {
+            "AWS_ENDPOINT_URL": url,
+            "AWS_ACCESS_KEY_ID": key["AccessKeyId"],
+            "AWS_SECRET_ACCESS_KEY": key["SecretAccessKey"],
+            "AWS_REGION": "us-east-1",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_EC2_METADATA_DISABLED": "true",
+            "AWS_REQUEST_CHECKSUM_CALCULATION": "when_required",
+        }
+        server.kill()
+
+
+@pytest.fixture
+def bucket(object_store: Mapping[str, str], monkeypatch: pytest.MonkeyPatch) -> str:
+    """The URI of an empty bucket, reached by this process and by those that it starts."""
+    for name, value in object_store.items():
+        monkeypatch.setenv(name, value)
+    client, name = boto3.client("s3"), f"booth-{uuid4().hex[:12]}"
+    client.create_bucket(Bucket=name)
+    client.close()
+    return f"s3://{name}"

@@ -7,7 +7,7 @@ W width, C latent channels, H W latent size, L tokens, D text width.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import nn
 
 from cluster.errors import UserError
 from training.lora import FILE as LORA_FILE
-from training.lora import load_lora
+from training.lora import detach, load_lora
 from training.pipeline import (
     BaseInfo,
     decode_latents,
@@ -52,9 +52,13 @@ class DrawRequest:
     sampler: SamplerName = "ddim"
     eta: float = 0.0
 
+    def parameters(self, subject: str, base_revision: str) -> dict[str, Any]:
+        """What the PNG of `subject` says of how it was drawn."""
+        return {**asdict(self), "subject": subject, "base_revision": base_revision}
+
 
 class Drawer:
-    """Draws images of the pristine base, or of one artifact of it.
+    """Draws images of the pristine base, or of one artifact of it after the other.
 
     Args:
         base: What is drawn with.
@@ -75,27 +79,51 @@ class Drawer:
         device: str = "auto",
         width: int | None = None,
     ) -> None:
-        trained_from = manifest["base"]["revision"] if manifest else base.revision
-        if trained_from != base.revision:
-            raise UserError(
-                "the artifact was trained from another base",
-                f"from revision {trained_from}, and {base.model} is {base.revision}",
-                "draw it with the base it was trained from",
-            )
         self.base = base
         self.device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
         self.width = width or DRAW_WIDTH[torch.device(self.device).type]
-        is_lora = artifact is not None and (artifact / LORA_FILE).is_file()
-        source = replace(base, path=artifact) if artifact and not is_lora else base
-        unet, text_encoder = load_unet(source), load_text_encoder(source)
-        if artifact and is_lora:
-            load_lora(unet, text_encoder, artifact)
-        if self.device == "cpu" and sum(p.numel() for p in unet.parameters()) < SMALL:
-            torch.set_num_threads(1)
-        self.unet, self.text_encoder = unet.to(self.device), text_encoder.to(self.device)
+        self._pristine = False  # whether the models are the base's, with or without adapters
+        self.wear(artifact, manifest)
         self.vae = load_vae(base).to(self.device)
         self.tokenizer = load_tokenizer(base)
         self.schedule = NoiseSchedule.from_config(base.scheduler)
+
+    def wear(self, artifact: Path | None, manifest: Mapping[str, Any] | None = None) -> None:
+        """Draw with another artifact from here on. What does not differ from the last one is not loaded again.
+
+        Args:
+            artifact: Local folder of an artifact; `None` for the pristine base.
+            manifest: The artifact's; its base must be `base`.
+
+        Raises:
+            UserError: The artifact was trained from another base.
+            SystemFailure: It does not fit the base.
+        """
+        trained_from = manifest["base"]["revision"] if manifest else self.base.revision
+        if trained_from != self.base.revision:
+            raise UserError(
+                "the artifact was trained from another base",
+                f"from revision {trained_from}, and {self.base.model} is {self.base.revision}",
+                "draw it with the base it was trained from",
+            )
+        is_lora = artifact is not None and (artifact / LORA_FILE).is_file()
+        if artifact and not is_lora:
+            self._pristine = False
+            self._load(replace(self.base, path=artifact))
+        elif not self._pristine:
+            self._load(self.base)
+            self._pristine = True
+        else:
+            detach(self.unet)
+            detach(self.text_encoder)
+        if artifact and is_lora:
+            load_lora(self.unet, self.text_encoder, artifact)
+
+    def _load(self, source: BaseInfo) -> None:
+        unet, text_encoder = load_unet(source), load_text_encoder(source)
+        if self.device == "cpu" and sum(p.numel() for p in unet.parameters()) < SMALL:
+            torch.set_num_threads(1)
+        self.unet, self.text_encoder = unet.to(self.device), text_encoder.to(self.device)
 
     @torch.inference_mode()
     def draw(

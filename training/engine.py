@@ -61,8 +61,8 @@ class StepReport:
     step: int
     """Steps done, this one included."""
     figures: torch.Tensor
-    """float32 [5], over all ranks: loss of the subject, loss of the class, gradient norm before clipping, how many
-    ranks wish a checkpoint, how many wish to leave."""
+    """float32 [6], over all ranks: loss of the subject, loss of the class, gradient norm before clipping, how many
+    ranks wish a checkpoint, how many to leave, how many to drop the run."""
     lr: float
     lr_text: float | None
     """`None` when the text encoder is not trained."""
@@ -223,7 +223,7 @@ class TrainingEngine:
         """One optimizer step at the given learning rates; returns the figures of a `StepReport`."""
         for group, lr in zip(self._adam.param_groups, lrs, strict=True):
             group["lr"] = lr
-        figures = torch.zeros(5, device=batches[0].latents.device)
+        figures = torch.zeros(6, device=batches[0].latents.device)
         if wish:
             figures[2 + wish] = 1.0
         for number, batch in enumerate(batches, start=1):

@@ -112,14 +112,14 @@ class Figures:
         wish = Wish.NONE
         while len(self._waiting) > lag:
             waiting = self._waiting.popleft()
-            subject, of_class, norm, checkpoint, leave = waiting.read()
+            subject, of_class, norm, *wished = waiting.read()
             self._check(
                 waiting.step.step, {"loss_subject": subject, "loss_class": of_class, "grad_norm": norm}
             )
             self._last.append((subject, of_class))
             if self._report is not None:
                 self._unsent.append(self._row(waiting.step, subject, of_class, norm))
-            wish = max(wish, Wish.LEAVE if leave else Wish.CHECKPOINT if checkpoint else Wish.NONE)
+            wish = max(wish, *(Wish(n) for n, ranks in enumerate(wished, start=1) if ranks), Wish.NONE)
         return wish
 
     def _check(self, step: int, figures: Row) -> None:

@@ -26,9 +26,10 @@ from ray.train.v2._internal.execution.context import get_train_context
 from ray.train.v2._internal.execution.controller.state import ResizingState
 
 from cluster.errors import RayboothError
-from cluster.mailbox import LEAVE, MailboxClient, connect, failure
+from cluster.mailbox import LEAVE, MEMORY, MailboxClient, Withdrawn, connect, failure
+from training.lease import Bank, Calibrate, Lease
 from training.listener import Listener
-from training.wish import no_wish
+from training.wish import Dropped, no_wish
 
 RESIZE_EVERY_S = 10.0  # how often an elastic gang looks for more room
 LEAVE_S = 20.0  # that the workers of an elastic gang get to save before it is resized
@@ -128,12 +129,17 @@ def _work(config: Mapping[str, Any]) -> None:
     dist.broadcast_object_list(number, src=0)
     listener = Listener(mailbox, _reclaimed) if rank == 0 else None
     while (lease := mailbox.take(number[0])) is not None:
-        with _last_words(mailbox, number[0], rank):
-            if base is None or base.info.revision != lease.base_revision:
-                base = ResidentBase.load(lease.base_model, lease.base_revision, device)
-            _train_leased(mailbox, number[0], lease, base, rank, world, listener)
+        if not isinstance(lease, Withdrawn):
+            with _last_words(mailbox, number[0], rank):
+                first: Lease = lease.first
+                if base is None or base.info.revision != first.base_revision:
+                    base = ResidentBase.load(first.base_model, first.base_revision, device)
+                if listener:
+                    listener.begin(number[0])
+                gang = _Rank(mailbox, number[0], rank, world, base, listener)
+                gang.train(lease)
+            dist.barrier()  # no rank is in the next run while another still uses this one's groups
         number[0] += 1
-        dist.barrier()  # no rank is in the next run while another still uses this one's groups
 
 
 def _reclaimed() -> bool:
@@ -161,42 +167,88 @@ def _last_words(mailbox: MailboxClient, number: int, rank: int) -> Iterator[None
     except Exception as error:
         line, *_ = [*str(error).strip().splitlines(), "no message"]
         text = f"worker {rank}: {type(error).__name__}: {line}"
-        mailbox.report(number, rank, "note", {"text": text, "died": True})
+        kind = MEMORY if _is_out_of_memory(error) else ""
+        mailbox.report(number, rank, "note", {"text": text, "died": True, "kind": kind})
         raise
 
 
-def _train_leased(
-    mailbox: MailboxClient,
-    number: int,
-    lease: Any,
-    base: Any,
-    rank: int,
-    world: int,
-    listener: Listener | None,
-) -> None:
-    """Train one lease; an error that every rank raises ends the run and not the gang.
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether an allocation failed; torch's allocator for the CPU has no error of its own."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
-    Raises:
-        Left: The run was left with a checkpoint.
-    """
-    from training.loop import train_run
 
-    saved = 0
+@dataclass(frozen=True)
+class _Rank:
+    """This worker with the lease it took."""
 
-    def report(kind: str, payload: Any) -> None:
-        nonlocal saved
-        if rank == 0:
+    mailbox: MailboxClient
+    number: int
+    rank: int
+    world: int
+    base: Any
+    listener: Listener | None
+
+    def train(self, lease: Any) -> None:
+        """Train a lease; an error that every rank raises ends the run and not the gang.
+
+        Raises:
+            Left: It was left with a checkpoint.
+        """
+        if isinstance(lease, Bank):
+            self._bank(lease)
+        elif isinstance(lease, Calibrate):
+            self._calibrate(lease)
+        else:
+            self._one(lease)
+
+    def _report(self, slot: int, kind: str, payload: Any) -> None:
+        if self.rank == 0:
+            self.mailbox.report(self.number, self.rank, kind, payload, slot)
+
+    def _one(self, lease: Lease) -> None:
+        from training.loop import train_run
+
+        saved = 0
+
+        def report(kind: str, payload: Any) -> None:
+            nonlocal saved
             saved = payload["step"] if kind == "checkpoint" else saved
-            mailbox.report(number, rank, kind, payload)
+            self._report(0, kind, payload)
 
-    if listener:
-        listener.begin()
-    try:
-        metrics = train_run(lease, base, rank, world, report, listener or no_wish)
-    except RayboothError as error:
-        report("failed", failure(error))
-        return
-    if metrics is None:
-        report("left", {"step": saved})
-        raise Left(f"saved at step {saved}")
-    report("published", {"metrics": metrics})
+        wish = self.listener.of_one if self.listener else no_wish
+        try:
+            metrics = train_run(lease, self.base, self.rank, self.world, report, wish)
+        except RayboothError as error:
+            self._report(0, "failed", failure(error))
+        except Dropped as dropped:
+            self._report(0, "dropped", {"step": dropped.step})
+        else:
+            if metrics is None:
+                self._report(0, "left", {"step": saved})
+                raise Left(f"saved at step {saved}")
+            self._report(0, "published", {"metrics": metrics})
+
+    def _bank(self, bank: Bank) -> None:
+        from training.bank_run import train_bank
+
+        listener = self.listener
+        assert listener  # one worker trains a bank
+        try:
+            done = train_bank(bank.slots, self.base, self._report, listener, listener.dropped)
+        except RayboothError as error:
+            for slot, lease in enumerate(bank.slots):
+                if lease:
+                    self._report(slot, "failed", failure(error))
+            return
+        if not done:
+            raise Left("the runs of the bank are saved")
+
+    def _calibrate(self, asked: Calibrate) -> None:
+        from training.calibrate import choose_width
+
+        try:
+            found = choose_width(asked.first, self.base, asked.room)
+        except RayboothError as error:
+            self._report(0, "failed", failure(error))
+        else:
+            self._report(0, "published", {"metrics": asdict(found)})

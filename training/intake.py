@@ -19,8 +19,9 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from cluster.errors import SystemFailure, UserError
+from cluster.source import Entry, entries, find, read
 from cluster.storage import Storage, sha256, sha256_file
-from training.recipe import Data
+from training.recipe import ABOUT, Data
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 MAX_BYTES = 50_000_000
@@ -76,10 +77,11 @@ def read_photos(paths: Sequence[str], image_size: int) -> Intake:
     """The photos in `paths`, sorted by name. Dot-files and other files are skipped with a note.
 
     Args:
-        paths: Folders (not searched deeper) and files.
+        paths: Folders (not searched deeper) and files, as paths or URIs such as `s3://bucket/rex/`.
         image_size: The base's, in pixels.
 
     Raises:
+        StorageError: An object store fails.
         UserError: A path does not exist, no photo is there, one photo cannot be used, or two are the same.
     """
     files, notes = _list_files(paths)
@@ -102,35 +104,27 @@ def read_photos(paths: Sequence[str], image_size: int) -> Intake:
     return Intake(photos, notes)
 
 
-def _list_files(paths: Sequence[str]) -> tuple[list[Path], list[str]]:
-    found: list[Path] = []
-    for path in (Path(p).expanduser() for p in paths):
-        if not path.exists():
-            raise UserError(f"{path} does not exist", "", "check the path")
-        try:
-            found += path.iterdir() if path.is_dir() else [path]
-        except OSError as error:
-            raise UserError(f"{path} cannot be read", str(error), "check its permissions") from error
-    found.sort(key=lambda file: (file.name, str(file)))
-    files = [f for f in found if f.is_file() and f.suffix.lower() in SUFFIXES and not f.name.startswith(".")]
-    skipped = [f.name for f in found if f not in files]
+def _list_files(paths: Sequence[str]) -> tuple[list[Entry], list[str]]:
+    found: list[Entry] = []
+    for given in map(find, paths):
+        found += entries(given.place) if given.is_folder else [given]
+    found.sort(key=lambda entry: (entry.name, entry.place))
+    files = [e for e in found if not e.is_folder and e.suffix in SUFFIXES and not e.name.startswith(".")]
+    skipped = [e.name for e in found if e not in files and e.name != ABOUT]
     return files, [
         f"skipped {name}: a hidden file, a folder, or not {', '.join(SUFFIXES)}" for name in skipped
     ]
 
 
-def _read_photo(file: Path, image_size: int, notes: list[str]) -> Photo:
-    try:
-        size = file.stat().st_size
-        data = file.read_bytes() if size <= MAX_BYTES else b""
-    except OSError as error:
-        raise UserError(f"{file} cannot be read", str(error), "check its permissions") from error
-    if size > MAX_BYTES:
+def _read_photo(entry: Entry, image_size: int, notes: list[str]) -> Photo:
+    file = entry.place
+    if entry.size > MAX_BYTES:
         raise UserError(
             f"{file} is too large",
-            f"{size / 1e6:.0f} MB, at most {MAX_BYTES / 1e6:.0f} MB are read",
+            f"{entry.size / 1e6:.0f} MB, at most {MAX_BYTES / 1e6:.0f} MB are read",
             "save it smaller",
         )
+    data = read(file)
     with _open(file, data) as source:
         _check_header(file, source, image_size)
         try:
@@ -139,14 +133,14 @@ def _read_photo(file: Path, image_size: int, notes: list[str]) -> Photo:
             raise _damaged(file, error) from error
     image, cut = _shrink(upright, image_size)
     if cut:
-        notes.append(f"{file.name} is longer than {MAX_ASPECT}:1, its middle is used")
+        notes.append(f"{entry.name} is longer than {MAX_ASPECT}:1, its middle is used")
     out = io.BytesIO()
     image.save(out, "PNG")
     pixels = sha256(repr(image.size).encode() + image.tobytes())
-    return Photo(file.name, sha256(data), pixels, out.getvalue(), *image.size)
+    return Photo(entry.name, sha256(data), pixels, out.getvalue(), *image.size)
 
 
-def _open(file: Path, data: bytes) -> ImageFile:
+def _open(file: str, data: bytes) -> ImageFile:
     for magic, reader in _READERS:
         if data.startswith(magic):
             try:
@@ -160,11 +154,11 @@ def _open(file: Path, data: bytes) -> ImageFile:
     )
 
 
-def _damaged(file: Path, error: Exception) -> UserError:
+def _damaged(file: str, error: Exception) -> UserError:
     return UserError(f"{file} is damaged", str(error), "save it again, or remove it from the photos")
 
 
-def _check_header(file: Path, source: ImageFile, image_size: int) -> None:
+def _check_header(file: str, source: ImageFile, image_size: int) -> None:
     width, height = source.size
     smallest = max(MIN_SIDE, image_size // 2)
     if width * height > MAX_PIXELS:

@@ -54,6 +54,11 @@ class Lease:
     """Token ids of the empty prompt and of each of the sample grid; empty where no grid is drawn."""
 
     @property
+    def first(self) -> "Lease":
+        """Itself, as of a bank of one."""
+        return self
+
+    @property
     def recipe(self) -> Run:
         """The run, validated."""
         return Run.model_validate(self.run)
@@ -77,6 +82,27 @@ class Lease:
     def fingerprint(self) -> str:
         """Of what decides the weights; a checkpoint with another one is not gone on from."""
         return str(self.meta.get("fingerprint", ""))
+
+
+@dataclass(frozen=True)
+class Bank:
+    """Runs that are trained together, in slots. A slot without a run keeps the bank's width, which decides bits."""
+
+    slots: tuple[Lease | None, ...]
+
+    @property
+    def first(self) -> Lease:
+        """Any of them, for what they have in common."""
+        return next(lease for lease in self.slots if lease)
+
+
+@dataclass(frozen=True)
+class Calibrate:
+    """A question to a gang: how many runs such as this one are trained together best?"""
+
+    first: Lease
+    room: int | None
+    """Bytes that the worker may take; `None` is unknown."""
 
 
 def latent_table(references: Sequence[Any]) -> LatentTable | None:

@@ -4,7 +4,7 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 
-from cluster.mailbox import MailboxClient
+from cluster.mailbox import DROP, MailboxClient
 from training.wish import Wish
 
 
@@ -21,21 +21,32 @@ class Listener:
     def __init__(self, mailbox: MailboxClient, reclaimed: Callable[[], bool]) -> None:
         self._mailbox, self._reclaimed = mailbox, reclaimed
         self._wish, self._left = Wish.NONE, False
+        self._lease = 0
+        self._drops: set[tuple[int, int]] = set()  # lease and slot
         self._lock = threading.Lock()
         threading.Thread(target=self._listen, name="listener", daemon=True).start()
 
-    def begin(self) -> None:
-        """Forget what was wished of another run."""
+    def begin(self, lease: int) -> None:
+        """Listen for a lease; what was wished of another one is forgotten."""
         with self._lock:
-            self._wish, self._left = Wish.NONE, False
+            self._wish, self._left, self._lease = Wish.NONE, False, lease
+
+    def of_one(self) -> Wish:
+        """The same of a lease of one run: that it is to be dropped is said every time."""
+        return Wish.DROP if self._drops and 0 in self.dropped() else self()
+
+    def dropped(self) -> frozenset[int]:
+        """The slots of the lease that are to be ended."""
+        if not self._drops:
+            return frozenset()
+        with self._lock:
+            return frozenset(slot for lease, slot in self._drops if lease == self._lease)
 
     def __call__(self) -> Wish:
-        """What was wished since the last call."""
+        """What was wished of all runs of the lease since the last call."""
         if not self._left and self._reclaimed():
             self._left = True  # said once: a run that ends before it can be left is published
             return Wish.LEAVE
-        if self._wish is Wish.NONE:
-            return Wish.NONE
         with self._lock:
             wish, self._wish = self._wish, Wish.NONE
         return wish
@@ -47,4 +58,9 @@ class Listener:
                 words = self._mailbox.asked(heard)
                 heard += len(words)
                 with self._lock:
-                    self._wish = max(self._wish, *(Wish[word.upper()] for word in words))
+                    for word in words:
+                        wish, *about = word.split()
+                        if wish == DROP:
+                            self._drops.add((int(about[0]), int(about[1])))
+                        else:
+                            self._wish = max(self._wish, Wish[wish.upper()])

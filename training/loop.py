@@ -25,7 +25,7 @@ from training.pipeline import BaseInfo, load_text_encoder, load_unet, open_base
 from training.recipe import Run
 from training.schedule import NoiseSchedule
 from training.services import Services
-from training.wish import Wish, Wishes, no_wish
+from training.wish import Dropped, Wish, Wishes, no_wish
 
 
 @dataclass(frozen=True)
@@ -76,33 +76,44 @@ def train_run(
     Raises:
         UserError: The run diverges.
         SystemFailure: It cannot be computed as asked, or its artifact cannot be written.
+        Dropped: A rank wished so.
     """
     run, storage = lease.recipe, Storage(lease.storage_uri)
-    rows = f"{lease.run_path}/{ROWS}"
-    published = storage.manifest(artifact_path(lease.name, lease.version))
-    if published and published["fingerprint"] == lease.fingerprint:
-        if told := rows_kept(storage, rows, run.train.steps):
-            report("steps", told)
-        return dict(published["metrics"])  # the gang died between publishing and saying so
+    if metrics := published_before(lease, storage, report):
+        return metrics
     state = _agreed_state(storage, lease, rank, report)
     start, stage = state.step if state else 0, zero_stage(run.engine, run.train, world)
     module = build_module(base, run, lease, stage)
     batches = Batches.of(lease, base.info, base.device, rank, world)
     engine = TrainingEngine(module, run.train, stage, batches.per_step, state, run.engine.offload)
     del state  # the engine lets go of it after its first step
-    images = partial(_image_names, lease, batches)
+    images = partial(image_names, lease, batches)
     figures = Figures(report if rank == 0 else None, world, images, base.device)
-    figures.go_on(rows_kept(storage, rows, start) if rank == 0 else [])
+    figures.go_on(rows_kept(storage, f"{lease.run_path}/{ROWS}", start) if rank == 0 else [])
     services = Services(lease, storage, base.info, base.text_encoder, engine, batches, figures, stage, report)
     report("started", {"from_step": start, "pid": os.getpid(), "workers": world, "zero_stage": stage})
     try:
         for step in range(start, run.train.steps):
             asked = figures.take(engine.step(step, list(batches.of_step(step)), wish()))
-            if step + 1 < run.train.steps and services.after(step + 1, asked) is Wish.LEAVE:
-                return None
+            if step + 1 < run.train.steps:
+                asked = services.after(step + 1, asked)
+                if asked is Wish.DROP:
+                    raise Dropped(step + 1)
+                if asked is Wish.LEAVE:
+                    return None
         return services.finish()
     finally:
         engine.close()
+
+
+def published_before(lease: Lease, storage: Storage, report: Report) -> dict[str, float] | None:
+    """The metrics of a run whose gang died between publishing and saying so, its figures told again; else `None`."""
+    published = storage.manifest(artifact_path(lease.name, lease.version))
+    if not published or published["fingerprint"] != lease.fingerprint:
+        return None
+    if told := rows_kept(storage, f"{lease.run_path}/{ROWS}", lease.recipe.train.steps):
+        report("steps", told)
+    return dict(published["metrics"])
 
 
 def build_module(base: ResidentBase, run: Run, lease: Lease, stage: int) -> DreamBoothModule:
@@ -147,7 +158,7 @@ def _agreed_state(storage: Storage, lease: Lease, rank: int, report: Report) -> 
     return state
 
 
-def _image_names(lease: Lease, batches: Batches, step: int) -> str:
+def image_names(lease: Lease, batches: Batches, step: int) -> str:
     """The images of step `step` (from 1) for people, those of all ranks."""
     rows = batches.plan.rows(step - 1, rank=0, world=1)
     subject, of_class = ([row.table_row for row in rows if row.role is role] for role in Role)

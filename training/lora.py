@@ -6,7 +6,7 @@ It is the door to PEFT. An adapter adds alpha / rank * B A to a linear layer; A 
 import hashlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,14 +54,28 @@ def save_lora(unet: nn.Module, text_encoder: nn.Module | None, folder: Path, lor
         folder: Where to; made if it is not there.
         lora: The rank and alpha they were attached with.
     """
+    parts = {"unet": unet} | ({} if text_encoder is None else {"text_encoder": text_encoder})
+    adapters = {
+        prefix: {
+            name: {factor: getattr(layer, f"lora_{factor}")[ADAPTER].weight for factor in "AB"}
+            for name, layer in _layers(model)
+        }
+        for prefix, model in parts.items()
+    }
+    write_adapters(adapters, folder, lora)
+
+
+def write_adapters(
+    adapters: Mapping[str, Mapping[str, Mapping[str, torch.Tensor]]], folder: Path, lora: Lora
+) -> None:
+    """Write adapters as `save_lora` does: by model (`unet`, `text_encoder`), layer and factor (`A`, `B`)."""
     tensors: dict[str, torch.Tensor] = {}
     metadata: dict[str, Any] = {}
-    for prefix, model in (("unet", unet), ("text_encoder", text_encoder)):
-        layers = dict(_layers(model)) if model is not None else {}
-        for name, layer in layers.items():
-            for factor in ("lora_A", "lora_B"):
-                weight = getattr(layer, factor)[ADAPTER].weight
-                tensors[f"{prefix}.{name}.{factor}.weight"] = weight.detach().float().cpu().contiguous()
+    for prefix, layers in adapters.items():
+        for name, factors in layers.items():
+            for factor, weight in factors.items():
+                key = f"{prefix}.{name}.lora_{factor}.weight"
+                tensors[key] = weight.detach().float().cpu().contiguous()
         if layers:
             config = {"r": lora.rank, "lora_alpha": lora.alpha, "target_modules": sorted(layers)}
             metadata |= {f"{prefix}.{key}": value for key, value in config.items()}
@@ -69,6 +83,26 @@ def save_lora(unet: nn.Module, text_encoder: nn.Module | None, folder: Path, lor
     # one key: safetensors writes several in any order, and the same adapters should be the same bytes
     header = {_METADATA: json.dumps(metadata, sort_keys=True)}
     save_file(tensors, folder / FILE, metadata=header)
+
+
+def parameter_name(layer: str, factor: str) -> str:
+    """The parameter that is factor `A` or `B` of a layer's adapter."""
+    return f"{layer}.lora_{factor}.{ADAPTER}.weight"
+
+
+def fresh_a(seed: int, layer: str, shape: Sequence[int]) -> torch.Tensor:
+    """What A starts as.
+
+    Args:
+        seed: Of the run.
+        layer: Its name, with `unet.` or `text_encoder.` before it.
+        shape: [rank, ...].
+    """
+    digest = hashlib.sha256(f"{seed}/{layer}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
+    # PEFT's own start: uniform with the bound of kaiming_uniform_(a=sqrt(5))
+    bound = 1.0 / math.sqrt(math.prod(shape[1:]))
+    return (torch.rand(*shape, generator=generator) * 2 - 1) * bound
 
 
 def load_lora(unet: nn.Module, text_encoder: nn.Module, folder: Path) -> None:
@@ -104,6 +138,15 @@ def load_lora(unet: nn.Module, text_encoder: nn.Module, folder: Path) -> None:
         raise SystemFailure(f"{folder / FILE} does not fit the base", f"nowhere to put {min(tensors)}")
 
 
+def detach(model: nn.Module) -> None:
+    """Take adapters off again, in place: the layers below them are as they were; without adapters nothing happens."""
+    for name, layer in list(_layers(model)):
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer.get_base_layer())
+    if hasattr(model, "peft_config"):  # what PEFT would take for another adapter that stays
+        del model.peft_config
+
+
 def _attach(
     model: nn.Module, prefix: str, targets: tuple[str, ...], setting: str, lora: Lora, seed: int
 ) -> None:
@@ -121,14 +164,8 @@ def _attach(
         ) from error
     for name, layer in _layers(model):
         weight = layer.lora_A[ADAPTER].weight
-        if weight.is_meta:
-            continue
-        digest = hashlib.sha256(f"{seed}/{prefix}.{name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
-        # PEFT's own start: uniform with the bound of kaiming_uniform_(a=sqrt(5))
-        bound = 1.0 / math.sqrt(weight[0].numel())
-        values = (torch.rand(weight.shape, generator=generator) * 2 - 1) * bound
-        weight.data.copy_(values)
+        if not weight.is_meta:
+            weight.data.copy_(fresh_a(seed, f"{prefix}.{name}", weight.shape))
 
 
 def _inject(model: nn.Module, rank: int, alpha: float, targets: list[str]) -> None:

@@ -180,7 +180,7 @@ def _live_in_step(
             module.recompute_activations()
         if lower and device == "cuda":
             _norms_in_fp32(module)
-        with _Live([*module.parameters(), *module.buffers()]) as live:
+        with Live([*module.parameters(), *module.buffers()]) as live:
             for parameter in module.parameters():
                 if parameter.requires_grad:
                     parameter.register_post_accumulate_grad_hook(live.take_gradient)  # type: ignore[no-untyped-call]
@@ -195,7 +195,7 @@ def _drawing(base: BaseInfo) -> tuple[int, int]:
     vae = empty_vae(base)
     with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
         vae.to_empty(device="cpu")
-        with _Live([*vae.parameters(), *vae.buffers()]) as live:
+        with Live([*vae.parameters(), *vae.buffers()]) as live:
             decode_latents(vae, _empty_batch(base, rows=1).latents, base.scaling_factor)
     return count(vae, trained=False) * FP32, live.peak
 
@@ -219,12 +219,15 @@ def _norms_in_fp32(module: nn.Module) -> None:
             part.register_forward_pre_hook(widen)
 
 
-class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Watches the bytes of tensors that operations make: how many are alive together at most.
 
     Args:
         known: Tensors that are there already and do not count.
     """
+
+    peak: int
+    """Most bytes, without gradients that `take_gradient` took."""
 
     def __init__(self, known: Sequence[torch.Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

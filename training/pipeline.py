@@ -11,7 +11,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -55,7 +55,7 @@ class BaseInfo:
     """Pixels along a side of the image that the base was made for."""
     token_limit: int
     """Tokens of a prompt, start and end included."""
-    scheduler: Mapping[str, Any]
+    scheduler: Mapping[str, Any] = field(hash=False)
     """The scheduler's config, as `StableDiffusionPipeline` would use it."""
 
     @property

@@ -5,16 +5,20 @@ every subject of a class, whoever trains it, uses the same images.
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
+from cluster.errors import UserError
 from cluster.storage import MANIFEST, Storage, sha256
 from training.draw import DRAW_WIDTH
+from training.latents import ImageSet, Shard
 from training.pipeline import BaseInfo
 from training.prompt import render_prompt
 from training.recipe import Data, Prior
-from training.stream import ImageSet, Pool, Shard, draw_pngs
+from training.stream import Pool, draw_pngs
 
 SHARD = 32  # images a Parquet shard holds: what is lost at most when drawing is interrupted
 SEED_SCHEME = "sha256(seed:index)[:6]"
@@ -93,57 +97,136 @@ def draw_prior(
     on_image: Callable[[], None] = lambda: None,
     on_wait: Callable[[], None] = lambda: None,
 ) -> int:
-    """Draw what is missing of a prior set; two callers that need the same set draw it once.
+    """Draw what is missing of one prior set; returns the number of images drawn. See `draw_priors`."""
+    drawn: list[int] = []
+    asked = [(prior, class_noun)]
+    draw_priors(
+        storage, base, asked, pool, on_image, lambda _: on_wait(), lambda _, images: drawn.append(images)
+    )
+    return drawn[0]
+
+
+def draw_priors(
+    storage: Storage,
+    base: BaseInfo,
+    asked: Sequence[tuple[Prior, str]],
+    pool: Pool,
+    on_image: Callable[[], None] = lambda: None,
+    on_wait: Callable[[int], None] = lambda number: None,
+    on_set: Callable[[int, int], None] = lambda number, images: None,
+) -> None:
+    """Draw what is missing of prior sets, all in one pipeline; two callers that need the same set draw it once.
+
+    Sets that others are drawing at the moment come last.
 
     Args:
         storage: Where sets are kept.
         base: The pristine base.
-        prior: What to draw, and `num_images`, how many.
-        class_noun: The class.
+        asked: What to draw, with `num_images`, how many, and the class; every set once.
         pool: Actors to draw with.
         on_image: Called after every image.
-        on_wait: Called when another process is drawing this set, before waiting for it.
-
-    Returns:
-        The number of images drawn, 0 when all were there.
+        on_wait: Called with the index of a set that another process is drawing, before waiting for it.
+        on_set: Called with the index of a set that is whole, and how many images of it were drawn here.
     """
-    spec = prior_spec(base, prior, class_noun, pool.device)
-    key = prior_key(base, prior, class_noun, pool.device)
-    path, drawn = prior_path(key), 0
-    if prior_count(storage, key) >= prior.num_images:
-        return 0
-    with storage.lock(f"locks/prior-{key}", on_wait):
-        have = prior_count(storage, key)
-        manifest = storage.manifest(path) or {
+    busy: list[int] = []
+    with ExitStack() as locks:
+        mine: list[_Set] = []
+        for number, (prior, noun) in enumerate(asked):
+            wanted = _Set(number, storage, base, prior, noun, pool.device)
+            if wanted.have() == prior.num_images:
+                on_set(number, 0)
+                continue
+            try:
+                locks.enter_context(storage.lock_or_refuse(wanted.lock, UserError("busy")))
+                mine.append(wanted)
+            except UserError:
+                busy.append(number)
+        _draw(base, mine, pool, on_image, on_set)
+    for number in busy:
+        wanted = _Set(number, storage, base, *asked[number], pool.device)
+        with storage.lock(wanted.lock, partial(on_wait, number)):
+            _draw(base, [wanted], pool, on_image, on_set)
+
+
+def _draw(
+    base: BaseInfo,
+    sets: Sequence["_Set"],
+    pool: Pool,
+    on_image: Callable[[], None],
+    on_set: Callable[[int, int], None],
+) -> None:
+    """Draw the missing images of sets whose locks are held."""
+    places: list[tuple[_Set, int]] = []
+    requests: list[dict[str, Any]] = []
+    for wanted in sets:
+        rows = wanted.missing()
+        if not rows:
+            on_set(wanted.number, 0)
+        for row in rows:
+            places.append((wanted, row["index"]))
+            requests.append({**row, "index": len(requests)})
+    for row in draw_pngs(base, requests, pool, DRAW_WIDTH[pool.device]):
+        wanted, index = places[int(row["index"])]
+        wanted.take({"index": index, "png": row["png"]})
+        on_image()
+        if index + 1 == wanted.prior.num_images:
+            on_set(wanted.number, wanted.drawn)
+
+
+class _Set:
+    """A prior set that is being drawn."""
+
+    def __init__(
+        self, number: int, storage: Storage, base: BaseInfo, prior: Prior, noun: str, device: str
+    ) -> None:
+        self.number, self.prior, self.drawn = number, prior, 0
+        self._storage, self._base, self._noun = storage, base, noun
+        self._spec = prior_spec(base, prior, noun, device)
+        self._key = prior_key(base, prior, noun, device)
+        self._shard: list[dict[str, Any]] = []
+        self._manifest: dict[str, Any] = {}
+
+    @property
+    def lock(self) -> str:
+        """Whoever draws it holds this."""
+        return f"locks/prior-{self._key}"
+
+    def have(self) -> int:
+        """Images that are there, of those that are wanted."""
+        return min(prior_count(self._storage, self._key), self.prior.num_images)
+
+    def missing(self) -> list[dict[str, Any]]:
+        """Requests for the images that are not there. The lock is held."""
+        self._manifest = self._storage.manifest(prior_path(self._key)) or {
             "kind": "raybooth-prior",
-            "model": base.model,
-            "class": class_noun,
-            "spec": spec,
+            "model": self._base.model,
+            "class": self._noun,
+            "spec": self._spec,
             "count": 0,
             "shards": [],
         }
-        wanted = [
+        prior = self.prior
+        return [
             {
                 "index": index,
-                "prompt": spec["prompt"],
+                "prompt": self._spec["prompt"],
                 "seed": image_seed(prior.seed, index),
                 "negative_prompt": prior.negative_prompt,
                 "steps": prior.steps,
                 "guidance": prior.guidance,
                 "sampler": prior.sampler,
             }
-            for index in range(have, prior.num_images)
+            for index in range(int(self._manifest["count"]), prior.num_images)
         ]
-        shard: list[dict[str, Any]] = []
-        for row in draw_pngs(base, wanted, pool, DRAW_WIDTH[pool.device]):
-            shard.append(row)
-            drawn += 1
-            on_image()
-            last = int(row["index"])
-            if (last + 1) % SHARD == 0 or last + 1 == prior.num_images:
-                _write_shard(storage, path, manifest, shard, prior.seed)
-                shard = []
-    return drawn
+
+    def take(self, row: dict[str, Any]) -> None:
+        """The next image."""
+        self._shard.append(row)
+        self.drawn += 1
+        last = int(row["index"]) + 1
+        if last % SHARD == 0 or last == self.prior.num_images:
+            _write_shard(self._storage, prior_path(self._key), self._manifest, self._shard, self.prior.seed)
+            self._shard = []
 
 
 def _write_shard(

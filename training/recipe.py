@@ -13,6 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_valida
 Method = Literal["lora", "full"]
 SamplerName = Literal["ddim", "dpm++2m"]
 LrScheduler = Literal["constant", "linear", "cosine", "polynomial"]
+ABOUT = "subject.yaml"  # beside a subject's photos: what a campaign is told of it
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # the ends of the names of a UNet's attention layers
 
 

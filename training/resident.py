@@ -3,11 +3,14 @@
 N images, C latent channels, h w latent size, S image size in pixels.
 """
 
+import json
 from typing import Any
 
 import numpy as np
 import torch
 
+from cluster.errors import RayboothError, SystemFailure, failure_of
+from cluster.objects import StorageError
 from cluster.storage import Storage
 from training.artifact import open_artifact
 from training.draw import Drawer, DrawRequest
@@ -25,18 +28,39 @@ class ReadImages:
     A photo gives every variant that `data` enumerates; a class image is square already and gives itself.
     """
 
-    def __init__(self, storage_uri: str) -> None:
-        self.storage_uri = storage_uri
+    def __init__(self, storage_uri: str, refuse: bool = True) -> None:
+        self.storage_uri, self.refuse = storage_uri, refuse
 
     def __call__(self, shard: Batch) -> list[Batch]:
-        """Rows `{set, shard, row, pixels uint8 [S, S, 3]}`, in the order of the shard and its variants."""
-        rows = Storage(self.storage_uri).read_rows(shard["path"], shard["sha256"])
+        """Rows `{set, shard, row, pixels uint8 [S, S, 3], error}`, in the order of the shard and its variants.
+
+        A shard that cannot be read raises, or without `refuse` gives one row of an empty picture whose `error` is
+        JSON of the error.
+        """
+        kept = {"set": shard["set"], "shard": shard["shard"]}
+        try:
+            rows = self._read(shard)
+        except RayboothError as error:
+            if self.refuse:
+                raise
+            nothing = np.zeros((shard["image_size"],) * 2 + (3,), np.uint8)
+            return [{**kept, "row": 0, "pixels": nothing, "error": _as_text(error)}]
         data = Data.model_validate_json(shard["data"])
         cuts = [cut for png in rows["png"] for cut in crops(png, shard["image_size"], data)]
-        return [
-            {"set": shard["set"], "shard": shard["shard"], "row": row, "pixels": pixels}
-            for row, pixels in enumerate(cuts)
-        ]
+        return [{**kept, "row": row, "pixels": pixels, "error": ""} for row, pixels in enumerate(cuts)]
+
+    def _read(self, shard: Batch) -> dict[str, list[Any]]:
+        storage = Storage(self.storage_uri)
+        try:
+            return storage.read_rows(shard["path"], shard["sha256"])
+        except FileNotFoundError as error:
+            raise SystemFailure(
+                f"{storage.full(shard['path'])} is missing",
+                "its manifest names it",
+                "delete its folder; it is made again",
+            ) from error
+        except StorageError as error:
+            raise error.failure() from error
 
 
 class EncodeWorker:
@@ -58,39 +82,76 @@ class EncodeWorker:
             mean, std = encode_image(self.vae, image.float() / 127.5 - 1.0)
             means.append(mean[0].cpu().numpy())
             stds.append(std[0].cpu().numpy())
-        kept = {key: batch[key] for key in ("set", "shard", "row")}
+        kept = {key: batch[key] for key in ("set", "shard", "row", "error")}
         return {**kept, "mean": np.stack(means), "std": np.stack(stds)}
 
 
 class DrawWorker:
-    """A `Drawer` of the pristine base, or of one published artifact."""
+    """A `Drawer` of one base that wears one subject after another; a subject that cannot be worn fails alone."""
 
-    def __init__(
-        self,
-        model: str,
-        revision: str | None,
-        device: str,
-        storage_uri: str = "",
-        name: str = "",
-        version: str = "",
-    ) -> None:
-        base = open_base(model, revision)
-        if name:
-            with open_artifact(Storage(storage_uri), name, version) as artifact:
-                self.drawer = Drawer(base, artifact.folder, artifact.manifest, device=device)
-        else:
-            self.drawer = Drawer(base, device=device)
+    def __init__(self, model: str, revision: str | None, device: str, width: int, storage_uri: str) -> None:
+        self.drawer = Drawer(open_base(model, revision), device=device, width=width)
+        self.storage_uri = storage_uri
+        self.worn = ("", "")
+        self.failed: dict[tuple[str, str], str] = {}  # a damaged artifact is not read again for every batch
 
     def __call__(self, batch: Batch) -> Batch:
-        """Rows of `index` and the fields of a `DrawRequest` to rows of `index` and `png` (bytes)."""
-        columns = [key for key in batch if key != "index"]
-        asked = [
-            DrawRequest(**{key: _plain(batch[key][i]) for key in columns}) for i in range(len(batch["index"]))
+        """Groups of one subject each, `name, version, label, requests`, to rows of `index, png, error`.
+
+        `requests` is JSON: a list of the fields of a `DrawRequest` and an `index`. `label` is what the PNG says it
+        shows; empty writes nothing into it. `error` is empty or JSON of the error, and then `png` is empty.
+        """
+        rows: list[tuple[int, bytes, str]] = []
+        groups = (map(str, batch[key]) for key in ("name", "version", "label", "requests"))
+        for name, version, label, requests in zip(*groups, strict=True):
+            asked = json.loads(requests)
+            indices = [request.pop("index") for request in asked]
+            try:
+                pngs = self._draw(name, version, label, [DrawRequest(**request) for request in asked])
+                rows += [(index, png, "") for index, png in zip(indices, pngs, strict=True)]
+            except RayboothError as error:
+                rows += [(index, b"", _as_text(error)) for index in indices]
+        return {key: [row[i] for row in rows] for i, key in enumerate(("index", "png", "error"))}
+
+    def _draw(self, name: str, version: str, label: str, requests: list[DrawRequest]) -> list[bytes]:
+        self._wear(name, version)
+        revision = self.drawer.base.revision
+        return [
+            encode_png(image, request.parameters(label, revision) if label else None)
+            for request, image in zip(requests, self.drawer.draw(requests), strict=True)
         ]
-        images = self.drawer.draw(asked)
-        return {"index": batch["index"], "png": [encode_png(image, None) for image in images]}
+
+    def _wear(self, name: str, version: str) -> None:
+        subject = (name, version)
+        if subject in self.failed:
+            raise failure_of(json.loads(self.failed[subject]))
+        if subject == self.worn:
+            return
+        self.worn = ("?", "")  # until it fits
+        try:
+            if name:
+                with open_artifact(Storage(self.storage_uri), name, version) as artifact:
+                    self.drawer.wear(artifact.folder, artifact.manifest)
+            else:
+                self.drawer.wear(None)
+        except (
+            Exception
+        ) as error:  # a loader may raise anything, and one bad subject does not stop the others
+            self.failed[subject] = _as_text(_about(f"{name} {version}", error))
+            raise failure_of(json.loads(self.failed[subject])) from error
+        self.worn = subject
 
 
-def _plain(value: Any) -> Any:
-    """A numpy scalar as the Python value it holds."""
-    return value.item() if isinstance(value, np.generic) else value
+def _about(subject: str, error: Exception) -> RayboothError:
+    """What kept an artifact from being loaded, for people."""
+    if isinstance(error, StorageError):
+        return error.failure()
+    if isinstance(error, RayboothError):
+        return error
+    seen = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return SystemFailure(f"{subject} cannot be loaded", f"{type(error).__name__}: {seen}", "train it again")
+
+
+def _as_text(error: RayboothError) -> str:
+    """An error as JSON, which `failure_of` reads."""
+    return json.dumps({**error.as_json(), "exit_code": error.exit_code})

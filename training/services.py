@@ -10,7 +10,8 @@ from safetensors import SafetensorError
 from torch import nn
 
 from cluster.errors import SystemFailure
-from cluster.storage import Storage, StorageError
+from cluster.objects import StorageError
+from cluster.storage import Storage
 from training import checkpoint
 from training.artifact import Identity, artifact_meta, artifact_path, write_weights
 from training.batches import Batches
@@ -56,6 +57,8 @@ class Services:
         if not (scheduled or sampled or asked):
             return asked
         asked = max(asked, self.figures.settle())
+        if asked is Wish.DROP:
+            return asked
         loss = self._validate(step) if every and (scheduled or sampled) else None
         if scheduled or asked:
             # one that was only asked for is no candidate for the best: which one is must not depend on who asked
@@ -150,10 +153,14 @@ class Services:
                 ) from error
 
     def _write_artifact(self, path: str, metrics: dict[str, float]) -> None:
-        lease, module = self.lease, self.engine.module
+        lease = self.lease
         identity, prior_key = Identity.from_json(lease.identity), lease.meta.get("prior_key")
         meta = artifact_meta(self.base, self.run, identity, lease.fingerprint, prior_key, metrics)
-        text_encoder = self.text_encoder if module.text_encoder is None else module.text_encoder
         with tempfile.TemporaryDirectory(prefix="raybooth-") as folder:
-            write_weights(self.base, self.run, module.unet, text_encoder, Path(folder))
+            self._write_weights(Path(folder))
             self.storage.publish(Path(folder), path, meta)
+
+    def _write_weights(self, folder: Path) -> None:
+        module = self.engine.module
+        text_encoder = self.text_encoder if module.text_encoder is None else module.text_encoder
+        write_weights(self.base, self.run, module.unet, text_encoder, folder)

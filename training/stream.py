@@ -4,6 +4,7 @@ Rows come out in the order they went in, whatever the number of actors, so that 
 the size of the cluster.
 """
 
+import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,21 +12,20 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Any
 
-import numpy as np
 import ray.data
 from ray.data import ActorPoolStrategy, DataContext
 from ray.data.exceptions import SystemException
 from ray.exceptions import RayError
 
-from cluster.errors import RayboothError, SystemFailure
-from cluster.mailbox import put
-from cluster.storage import MANIFEST, Storage, sha256
+from cluster.errors import RayboothError, SystemFailure, failure_of
+from cluster.storage import Storage
+from training.latents import ImageSet, latent_path, missing_shards, write_latents
 from training.pipeline import BaseInfo
-from training.recipe import Data
 from training.resident import DrawWorker, EncodeWorker, ReadImages
 
 Row = dict[str, Any]
-LATENT_FORMAT = 1  # of the rows below; part of the key, so that a change makes new sets
+MOST_BLOCKS = 4000  # of one stream: Ray Data keeps each of them in the object store from the start
+_WHO = ("name", "version", "label")  # of a request to draw: what an actor draws alone, one after the other
 
 
 @dataclass(frozen=True)
@@ -42,26 +42,6 @@ class Pool:
         return "cuda" if self.gpus else "cpu"
 
 
-@dataclass(frozen=True)
-class Shard:
-    """One Parquet file of PNGs."""
-
-    path: str
-    """Under the root."""
-    sha256: str
-    images: int
-    """Training images that it gives, every variant of its pictures counted."""
-
-
-@dataclass(frozen=True)
-class ImageSet:
-    """Images to encode, in shards by name."""
-
-    key: str
-    shards: Mapping[str, Shard]
-    data: Data
-
-
 @contextmanager
 def _streaming() -> Iterator[None]:
     """Ray Data in order, without its own progress bars and logs, and with our errors instead of Ray's.
@@ -70,8 +50,7 @@ def _streaming() -> Iterator[None]:
         RayboothError: What a worker raised.
         SystemFailure: A worker failed otherwise.
     """
-    context = DataContext.get_current()
-    before = (context.execution_options.preserve_order, context.enable_progress_bars)
+    context = DataContext.get_current()  # set for good: threads of a driver may stream at the same time
     context.execution_options.preserve_order, context.enable_progress_bars = True, False
     context.print_on_execution_start = False
     context.raise_original_map_exception = True  # Ray's wrapper loses its cause on the way here
@@ -88,8 +67,6 @@ def _streaming() -> Iterator[None]:
         raise SystemFailure(
             "a worker of the stream failed", seen, "run the same command again: what is done stays done"
         ) from error
-    finally:
-        context.execution_options.preserve_order, context.enable_progress_bars = before
 
 
 def _cause(error: BaseException) -> BaseException:
@@ -125,7 +102,8 @@ def map_resident(
     if not rows:
         return
     with _streaming():
-        dataset = ray.data.from_items(list(rows), override_num_blocks=ceil(len(rows) / batch_size))
+        blocks = min(ceil(len(rows) / batch_size), MOST_BLOCKS)
+        dataset = ray.data.from_items(list(rows), override_num_blocks=blocks)
         yield from _map_actors(dataset, worker, arguments, pool, batch_size).iter_rows()
 
 
@@ -156,32 +134,49 @@ def draw_pngs(
         width: The drawer's width: images per forward.
         artifact: Storage URI, subject and version to draw with; `None` is the pristine base.
     """
-    arguments = _worker_arguments(base, pool)
-    if artifact:
-        arguments |= dict(zip(("storage_uri", "name", "version"), artifact, strict=True))
-    return map_resident(requests, DrawWorker, arguments, pool, width)
+    uri, name, version = artifact or ("", "", "")
+    rows = [{**request, "name": name, "version": version} for request in requests]
+    for row in draw_grouped(base, rows, pool, width, uri):
+        if row["error"]:
+            raise failure_of(json.loads(row["error"]))
+        yield row
+
+
+def draw_grouped(
+    base: BaseInfo, requests: Sequence[Row], pool: Pool, width: int, storage_uri: str = ""
+) -> Iterator[Row]:
+    """Images of many subjects in one pipeline, whose actors keep the base and load each subject at most once.
+
+    Args:
+        base: What all subjects were trained from.
+        requests: What to draw, each `index` and the fields of a `DrawRequest`, and `name` and `version` of a published
+            artifact; without a name the pristine base draws. `label` is what the PNG says it shows.
+        pool: Number and size of the actors.
+        width: The drawer's width: images per forward.
+        storage_uri: Root that holds the artifacts.
+
+    Yields:
+        Rows of `index`, `png` and `error`, subject by subject in the order of their first requests, and each subject's
+        in order. A subject that cannot be drawn has an empty `png` and as `error` what `failure_of` makes of JSON.
+
+    Raises:
+        SystemFailure: A worker failed otherwise.
+    """
+    subjects: dict[tuple[str, ...], list[Row]] = {}
+    for request in requests:
+        who = tuple(str(request.get(key, "")) for key in _WHO)
+        subjects.setdefault(who, []).append({k: v for k, v in request.items() if k not in _WHO})
+    groups = [
+        {**dict(zip(_WHO, who, strict=True)), "requests": json.dumps(asked[start : start + width])}
+        for who, asked in subjects.items()
+        for start in range(0, len(asked), width)
+    ]
+    arguments = {**_worker_arguments(base, pool), "width": width, "storage_uri": storage_uri}
+    yield from map_resident(groups, DrawWorker, arguments, pool, 1)
 
 
 def _worker_arguments(base: BaseInfo, pool: Pool) -> dict[str, Any]:
     return {"model": base.model, "revision": base.revision, "device": pool.device}
-
-
-def latent_path(base: BaseInfo, images: ImageSet) -> str:
-    """Where the latents of a set lie under the root; the same images, crops and VAE give the same place."""
-    parts = (LATENT_FORMAT, base.revision, images.key, images.data.model_dump_json())
-    return f"latents/{sha256(repr(parts).encode())[:16]}"
-
-
-def missing_shards(storage: Storage, base: BaseInfo, images: ImageSet) -> list[str]:
-    """Names of the shards of a set that were not encoded yet, or that hold other bytes since, in order."""
-    manifest = storage.manifest(latent_path(base, images)) or {"shards": {}}
-    sources = {name: entry.get("source") for name, entry in manifest["shards"].items()}
-    return [name for name, shard in sorted(images.shards.items()) if sources.get(name) != shard.sha256]
-
-
-def missing_images(storage: Storage, base: BaseInfo, images: ImageSet) -> int:
-    """How many images of a set `encode` would encode."""
-    return sum(images.shards[name].images for name in missing_shards(storage, base, images))
 
 
 def encode(
@@ -190,104 +185,75 @@ def encode(
     sets: Sequence[ImageSet],
     pool: Pool,
     on_image: Callable[[], None] = lambda: None,
+    on_set: Callable[[int], None] = lambda number: None,
+    on_error: Callable[[int, RayboothError], None] | None = None,
 ) -> None:
     """Encode what is missing of every set in one pipeline: read and cut in tasks, encode in an actor pool.
 
     Args:
         storage: Root that holds the images and takes the latents.
         base: Its VAE encodes; frozen, eval, inference mode.
-        sets: Photos and class images of any number of subjects.
+        sets: Photos and class images of any number of subjects; one that is given twice is encoded once.
         pool: Number and size of the encoding actors.
         on_image: Called after every image.
+        on_set: Called with the index in `sets` of a set as soon as all its latents are stored, at once when they are
+            there already; sets are finished in their order.
+        on_error: Called with the index of a set that has a damaged shard, once; the other sets go on. `None` raises.
 
     Raises:
-        RayboothError: What a worker raised, such as a damaged shard.
+        RayboothError: What a worker raised; without `on_error` also for a damaged shard.
         SystemFailure: A worker failed otherwise.
     """
+    same: dict[str, list[int]] = {}  # by where their latents lie
+    for number, images in enumerate(sets):
+        same.setdefault(latent_path(base, images), []).append(number)
+    left = {numbers[0]: missing_shards(storage, base, sets[numbers[0]]) for numbers in same.values()}
+    twins = {numbers[0]: numbers for numbers in same.values()}
+    failed: set[int] = set()
+
+    def finish(number: int, name: str | None, rows: list[Row]) -> None:
+        error = next((row["error"] for row in rows if row["error"]), "")
+        if error and on_error:
+            for twin in twins[number] if number not in failed else ():
+                on_error(twin, failure_of(json.loads(error)))
+            failed.add(number)
+        elif name is not None:
+            write_latents(storage, base, sets[number], name, rows)
+            left[number].remove(name)
+        if not left[number]:
+            for twin in twins[number]:
+                on_set(twin)
+
     shards = [
         {
             "set": number,
             "shard": name,
-            "path": images.shards[name].path,
-            "sha256": images.shards[name].sha256,
+            "path": sets[number].shards[name].path,
+            "sha256": sets[number].shards[name].sha256,
             "image_size": base.image_size,
-            "data": images.data.model_dump_json(),
+            "data": sets[number].data.model_dump_json(),
         }
-        for number, images in enumerate(sets)
-        for name in missing_shards(storage, base, images)
+        for number, names in left.items()
+        for name in names
     ]
+    for number, names in left.items():
+        if not names:
+            finish(number, None, [])
     if not shards:
         return
     with _streaming():
-        pixels = ray.data.from_items(shards, override_num_blocks=len(shards)).flat_map(
-            ReadImages(storage.uri), num_cpus=1
-        )
-        arguments = _worker_arguments(base, pool)
-        done: dict[tuple[int, str], list[Row]] = {}
-        current: tuple[int, str] | None = None
-        for row in _map_actors(pixels, EncodeWorker, arguments, pool, batch_size=8).iter_rows():
-            shard = (int(row["set"]), str(row["shard"]))
-            if current not in (None, shard):  # rows keep their order, so the one before is whole
-                _write_shard(storage, base, sets[current[0]], current[1], done.pop(current))
-            current = shard
-            done.setdefault(shard, []).append(row)
-            on_image()
-        for (number, name), rows in done.items():
-            _write_shard(storage, base, sets[number], name, rows)
+        reader = ReadImages(storage.uri, refuse=on_error is None)
+        pixels = ray.data.from_items(shards, override_num_blocks=len(shards)).flat_map(reader, num_cpus=1)
+        rows: list[Row] = []
+        for row in _map_actors(pixels, EncodeWorker, _worker_arguments(base, pool), pool, 8).iter_rows():
+            if rows and _shard(rows[0]) != _shard(row):  # rows keep their order, so the one before is whole
+                finish(*_shard(rows[0]), rows)
+                rows = []
+            rows.append(row)
+            if not row["error"]:
+                on_image()
+        finish(*_shard(rows[0]), rows)
 
 
-def _write_shard(storage: Storage, base: BaseInfo, images: ImageSet, name: str, rows: list[Row]) -> None:
-    path = latent_path(base, images)
-    shape = np.asarray(rows[0]["mean"]).shape
-    digest = storage.write_rows(
-        f"{path}/{name}",
-        {
-            "row": [int(row["row"]) for row in rows],
-            "mean": [np.asarray(row["mean"], dtype="<f4").tobytes() for row in rows],
-            "std": [np.asarray(row["std"], dtype="<f4").tobytes() for row in rows],
-        },
-    )
-    with storage.lock(f"locks/latents-{path.rpartition('/')[2]}"):
-        manifest = storage.manifest(path) or {
-            "kind": "raybooth-latents",
-            "base": {"model": base.model, "revision": base.revision},
-            "images": images.key,
-            "data": images.data.model_dump(),
-            "shards": {},
-        }
-        manifest["shards"][name] = {
-            "sha256": digest,
-            "source": images.shards[name].sha256,
-            "count": len(rows),
-            "shape": list(shape),
-        }
-        storage.write_json(f"{path}/{MANIFEST}", manifest)
-
-
-def latent_refs(storage: Storage, base: BaseInfo, images: ImageSet, limit: int | None = None) -> list[Any]:
-    """The latents of an encoded set as references into Ray's object store, one a shard, in order.
-
-    Args:
-        storage: Root that holds the latents.
-        base: The base they were encoded with.
-        images: The set.
-        limit: Use the first `limit` images; `None` uses all.
-
-    Returns:
-        References to `{"mean": float32 [N, C, h, w], "std": float32 [N, C, h, w]}`, unscaled.
-    """
-    path, left, refs = latent_path(base, images), limit, []
-    manifest = storage.read_json(f"{path}/{MANIFEST}")
-    for name in sorted(images.shards):
-        if left == 0:
-            break
-        entry = manifest["shards"][name]
-        rows = storage.read_rows(f"{path}/{name}", entry["sha256"])
-        shape = (-1, *entry["shape"])
-        arrays = {
-            key: np.frombuffer(b"".join(rows[key][:left]), dtype="<f4").reshape(shape)
-            for key in ("mean", "std")
-        }
-        refs.append(put(arrays))
-        left = None if left is None else left - len(arrays["mean"])
-    return refs
+def _shard(row: Row) -> tuple[int, str]:
+    return int(row["set"]), str(row["shard"])

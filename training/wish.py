@@ -12,6 +12,20 @@ class Wish(IntEnum):
     """Save a checkpoint now and go on."""
     LEAVE = 2
     """Save a checkpoint now and end without publishing; the run stays open."""
+    DROP = 3
+    """End now without a checkpoint: nobody wants the run any more."""
+
+
+class Dropped(Exception):
+    """A run ended because nobody wants it any more.
+
+    Args:
+        step: Steps it had done.
+    """
+
+    def __init__(self, step: int) -> None:
+        super().__init__(step)
+        self.step = step
 
 
 Wishes = Callable[[], Wish]

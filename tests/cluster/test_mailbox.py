@@ -4,7 +4,7 @@ import asyncio
 from typing import Any
 
 from cluster.errors import SystemFailure, UserError, failure_of
-from cluster.mailbox import CHECKPOINT, GIVE_UP_AFTER, LEAVE, Mailbox, failure
+from cluster.mailbox import CHECKPOINT, GIVE_UP_AFTER, LEAVE, Mailbox, Withdrawn, failure
 
 
 def run(body: object) -> None:
@@ -175,5 +175,90 @@ def test_a_mailbox_that_retires_hands_out_not_even_what_is_open() -> None:
         await box.report(0, 0, "left", {"step": 3})
         assert await box.take(await box.resume()) is None
         assert not await box.retire()
+
+    run(body())
+
+
+def test_a_lease_of_several_runs_is_open_until_each_has_ended() -> None:
+    async def body() -> None:
+        box = Mailbox()
+        await box.post("bank", [0, 2])
+        assert await box.resume() == 0
+        await box.report(0, 0, "started", {"step": 0}, 0)
+        await box.report(0, 0, "published", {}, 0)
+        assert await box.resume() == 0
+        await box.report(0, 0, "failed", {}, 2)
+        await box.report(0, 0, "published", {}, 2)  # it has ended: nothing more is heard of it
+        assert await box.resume() == 1
+        said = [(e.kind, e.slot) for e in await box.drain() if e.lease == 0]
+        assert said == [("started", 0), ("published", 0), ("failed", 2)]
+
+    run(body())
+
+
+def test_a_gang_that_gives_up_a_bank_fails_every_run_of_it_that_is_open() -> None:
+    async def body() -> None:
+        box = Mailbox()
+        await box.post("bank", 3)
+        await box.report(0, 0, "published", {}, 1)
+        for _ in range(GIVE_UP_AFTER):
+            await box.resume()
+            await box.report(0, 0, "note", {"text": "worker 0: OSError: no", "died": True})
+        assert await box.resume() == 1
+        failed = [e for e in await box.drain() if e.kind == "failed"]
+        assert [(e.slot, e.payload["kind"]) for e in failed] == [(0, "gang_killed"), (2, "gang_killed")]
+
+    run(body())
+
+
+def test_progress_of_any_run_of_a_bank_counts_as_progress_of_the_gang() -> None:
+    async def body() -> None:
+        box = Mailbox()
+        await box.post("bank", 2)
+        for step in range(GIVE_UP_AFTER + 2):
+            assert await box.resume() == 0
+            await box.report(0, 0, "steps", [{"step": step + 1}], step % 2)
+
+    run(body())
+
+
+def test_a_worker_that_was_out_of_memory_ends_the_lease_at_once_with_that_kind() -> None:
+    async def body() -> None:
+        box = Mailbox()
+        await box.post("rex")
+        await box.resume()
+        await box.report(0, 0, "started", {"step": 0})
+        told = {"text": "worker 0: OutOfMemoryError: 2 GiB", "died": True, "kind": "memory"}
+        await box.report(0, 0, "note", told)
+        assert await box.resume() == 1
+        [failed] = [e.payload for e in await box.drain() if e.kind == "failed"]
+        assert failed["kind"] == "memory" and "2 GiB" in failed["seen"] and "accumulation" in failed["do"]
+
+    run(body())
+
+
+def test_a_run_that_no_worker_has_taken_is_dropped_at_once_and_its_lease_withdrawn() -> None:
+    async def body() -> None:
+        box = Mailbox()
+        await box.post("rex")
+        await box.drop(0, 0)
+        assert [e.kind for e in await box.drain()] == ["dropped"]
+        assert isinstance(await box.take(0), Withdrawn)
+        assert await box.resume() == 1
+
+    run(body())
+
+
+def test_a_run_that_trains_is_asked_to_be_dropped_also_by_a_gang_that_restarts() -> None:
+    async def body() -> None:
+        box = Mailbox()
+        await box.post("bank", 2)
+        await box.take(0)
+        await box.report(0, 0, "started", {"step": 0})
+        await box.ask(CHECKPOINT)
+        await box.drop(0, 1)
+        assert await box.asked(0) == [CHECKPOINT, "drop 0 1"]
+        assert await box.resume() == 0
+        assert await box.asked(0) == ["drop 0 1"]
 
     run(body())

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from cluster.errors import SystemFailure, UserError
-from cluster.storage import Storage, StorageError, sha256
+from cluster.objects import StorageError
+from cluster.storage import Storage, sha256
 
 
 def everything(storage: Storage) -> list[str]:

@@ -202,13 +202,13 @@ def weights() -> Callable[[Storage, str], dict[str, str]]:
 
 
 @pytest.fixture(scope="session")
-def workers() -> Callable[[], list[int]]:
-    """Tells the process ids of the training workers of this process's own Ray."""
+def workers() -> Callable[..., list[int]]:
+    """Tells the process ids of the training workers below a process, this one by default."""
 
-    def find() -> list[int]:
+    def find(of: int = os.getpid()) -> list[int]:
         parents = {pid: parent for pid, parent, _ in _processes()}
         mine = [pid for pid, _, title in _processes() if "RayTrainWorker" in title]
-        return [pid for pid in mine if os.getpid() in _ancestors(pid, parents)]
+        return [pid for pid in mine if of in _ancestors(pid, parents)]
 
     return find
 

@@ -15,11 +15,12 @@ import pytest
 from moto.server import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import WSGIRequestHandler, make_server
 
-import cluster.storage
+import cluster.remote
 from cluster.errors import SystemFailure, UserError, failure_of
 from cluster.mailbox import Event
+from cluster.objects import StorageError
 from cluster.session import session
-from cluster.storage import Storage, StorageError
+from cluster.storage import Storage
 from training import checkpoint
 from training.dataplan import DataPlan, Role
 from training.gang import GangShape
@@ -243,7 +244,7 @@ def test_storage_that_fails_three_calls_in_ten_is_tried_again_until_it_answers(
 def test_storage_that_never_answers_is_given_up_with_what_was_tried(
     s3: FlakyS3, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cluster.storage, "S3_ATTEMPTS", 2)
+    monkeypatch.setattr(cluster.remote, "S3_ATTEMPTS", 2)
     storage = Storage("s3://booth/root")
     s3.share = 1.0
     for act in (

@@ -38,6 +38,7 @@ def test_light_modules_import_neither_torch_nor_ray(module: str) -> None:
     [
         "train",
         "generate",
+        "batch",
         "plan",
         "schema",
         "demo",

@@ -8,7 +8,9 @@ import pytest
 from mlflow import MlflowClient
 
 from cluster.storage import Storage
-from orchestrator.tracking import Mirrors, MlflowTracker, mirror
+from orchestrator.campaign_mirror import CampaignMirror
+from orchestrator.mlflow_tracker import MlflowTracker
+from orchestrator.tracking import Mirrors, mirror
 from training.png import encode_png
 
 
@@ -23,12 +25,17 @@ def said(first: int, last: int) -> list[dict[str, Any]]:
     return entries
 
 
+@pytest.fixture(scope="module")
+def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """An MLflow in SQLite; its first use makes the tables, which takes long."""
+    return f"sqlite:///{tmp_path_factory.mktemp('mlflow') / 'mlflow.db'}"
+
+
 @pytest.mark.slow
 def test_a_run_that_goes_on_has_every_step_once_and_what_the_machine_did(
-    storage: Storage, monkeypatch: pytest.MonkeyPatch
+    storage: Storage, uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.1")
-    uri = f"sqlite:///{storage.uri}/mlflow.db"
 
     def opened(run_id: str | None) -> tuple[MlflowTracker, Mirrors]:
         tracker = MlflowTracker(uri, "raybooth", storage, "rex-v1", {"train.steps": 5}, {}, run_id)
@@ -68,3 +75,65 @@ def test_a_run_that_goes_on_has_every_step_once_and_what_the_machine_did(
     assert [file.path for file in client.list_artifacts(tracker.run_id, "samples")] == [
         "samples/samples_000002.png"
     ]
+
+
+@pytest.mark.slow
+def test_a_campaign_is_a_run_with_one_below_it_for_every_subject(storage: Storage, uri: str) -> None:
+    manifest = {"defaults": {"train": {"steps": 2}}, "prompts": ["a photo of {subject}"], "subjects": ["no"]}
+
+    def opened(run_id: str | None) -> CampaignMirror:
+        began = time.time() - 100
+        return CampaignMirror(uri, "albums", storage, "album", manifest, began, run_id, pytest.fail)
+
+    first = opened(None)
+    rex = first.of_run("rex-v1", {"train.steps": 2}, {"raybooth.subject": "rex"}, None)
+    assert rex is not None
+    Mirrors([rex], pytest.fail).metrics([{"step": 1, "loss_subject": 0.5}])
+    first.counts({"training": 1, "queued": 1}, 1.5, at_once=True)
+    first.counts({"training": 2}, 2.0)  # too soon after the one before
+    first.finish("interrupted")
+
+    again = opened(first.run_id)
+    later = again.of_run("rex-v1", {}, {}, rex.run_id)
+    tom = again.of_run("tom-v1", {}, {}, None)
+    assert (
+        again.run_id == first.run_id and later is not None and later.run_id == rex.run_id and tom is not None
+    )
+    mirror(said(1, 2), Mirrors([later], pytest.fail), storage)
+    later.finish("succeeded")
+    tom.finish("failed", "03.jpg is damaged: broken")
+    again.counts({"succeeded": 1, "failed": 1}, 3.0)
+    storage.write("campaigns/album/report/index.html", b"<!doctype html>")
+    again.report("campaigns/album/report")
+    again.finish("failed", "1 of 2 subjects did not succeed")
+
+    client = MlflowClient(tracking_uri=uri)
+    parent = client.get_run(again.run_id)
+    found = client.get_experiment_by_name("albums")
+    assert found is not None
+    below = client.search_runs([found.experiment_id], f"tags.`mlflow.parentRunId` = '{again.run_id}'")
+    assert {run.info.run_name: run.info.status for run in below} == {"rex-v1": "FINISHED", "tom-v1": "FAILED"}
+    assert {run.data.tags["raybooth.campaign"] for run in below} == {"album"}
+    assert client.get_run(tom.run_id).data.tags["mlflow.note.content"] == "03.jpg is damaged: broken"
+    assert [m.step for m in client.get_metric_history(rex.run_id, "loss_subject")] == [1, 2]
+    assert parent.info.status == "FAILED" and parent.data.params["defaults.train.steps"] == "2"
+    assert "subjects" not in parent.data.params
+    assert parent.data.metrics["runs/succeeded"] == 1 and parent.data.metrics["worker_seconds"] == 3.0
+    assert [m.value for m in client.get_metric_history(again.run_id, "runs/training")] == [1]
+    [at] = [m.step for m in client.get_metric_history(again.run_id, "runs/queued")]
+    assert 100 <= at < 200  # seconds since the campaign began
+    assert [file.path for file in client.list_artifacts(again.run_id, "report")] == ["report/index.html"]
+
+
+@pytest.mark.slow
+def test_an_mlflow_that_fails_is_one_note_and_the_runs_go_on(storage: Storage, uri: str) -> None:
+    notes: list[str] = []
+    mirror_of = CampaignMirror(uri, "lost", storage, "album", {}, time.time(), None, notes.append)
+    client = MlflowClient(tracking_uri=uri)
+    found = client.get_experiment_by_name("lost")
+    assert found is not None
+    client.delete_experiment(found.experiment_id)  # by somebody who tidies up
+    assert [mirror_of.of_run(f"s{i}-v1", {}, {}, None) for i in range(100)] == [None] * 100
+    mirror_of.counts({"failed": 100}, 1.0, at_once=True)
+    mirror_of.finish("failed")
+    assert f"MLflow at {uri} cannot be used" in notes[0] and len(notes) <= 2

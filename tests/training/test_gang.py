@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from cluster.errors import UserError
-from cluster.mailbox import Event, create, put
+from cluster.mailbox import NOBODY, Event, create, put
 from cluster.session import session
 from cluster.storage import Storage
 from training.artifact import open_artifact
@@ -72,8 +72,11 @@ def test_a_gang_trains_lease_after_lease_and_two_workers_give_the_losses_of_one(
 ) -> None:
     lora = with_latents("ada", train={**FULL, "method": "lora"}, checkpoint={"every": 2})
     bad = with_latents("bad", train={**FULL, "lr": 1.0, "steps": 60, "max_grad_norm": None})
-    alone = train([with_latents("rex", train=FULL), bad, lora], workers=1)
-    kinds = [(e.lease, e.kind) for e in alone if e.kind != "step"]
+    rex = with_latents("rex", train=FULL)
+    again = [replace(rex, name="rex-again"), replace(lora, name="ada-again")]
+    alone = train([rex, bad, lora, *again], workers=1)
+    assert [e.kind for e in alone if e.lease == NOBODY] == ["awake"]
+    kinds = [(e.lease, e.kind) for e in alone if e.kind != "step" and e.lease in (0, 1, 2)]
     assert kinds == [
         (0, "started"),
         (0, "validation"),
@@ -95,6 +98,9 @@ def test_a_gang_trains_lease_after_lease_and_two_workers_give_the_losses_of_one(
         with open_artifact(storage, name, "v1") as artifact:
             assert artifact.manifest["method"] == method and artifact.manifest["metrics"]["loss_subject"] > 0
             assert artifact.identity.identifier == "zwx"
+        # whatever was trained in between, a diverged run among it, nothing of it is left in the gang
+        first, second = (storage.manifest(f"artifacts/{of}/v1") for of in (name, f"{name}-again"))
+        assert first and second and first["files"] == second["files"]
 
     sharded = [with_latents(f"rex{stage}", train=FULL, engine={"zero_stage": stage}) for stage in (0, 2)]
     together = train([*sharded, replace(lora, name="ada2")], workers=2)
@@ -132,4 +138,4 @@ def test_every_worker_tells_what_it_dies_of() -> None:
     with pytest.raises(OSError), _last_words(ear, 3, rank=1):  # type: ignore[arg-type]
         raise OSError(28, "No space left on device\nand more")
     text = "worker 1: OSError: [Errno 28] No space left on device"
-    assert ear.heard == [(3, 1, "note", {"text": text, "died": True})]
+    assert ear.heard == [(3, 1, "note", {"text": text, "died": True, "kind": ""})]

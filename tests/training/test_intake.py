@@ -326,3 +326,32 @@ def test_variants_are_spread_over_the_long_side_and_mirrored_when_asked() -> Non
 
 def test_every_photo_gives_the_same_number_of_crops() -> None:
     assert len(crops(striped(64, 64), SIZE, Data(variants=4))) == 4
+
+
+# -- photos in an object store -----------------------------------------------------------------------------
+
+
+def test_photos_in_an_object_store_are_those_in_a_folder(
+    tmp_path: Path, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remote = Storage(f"{bucket}/photos")
+    for seed, name in enumerate(("b 1.png", "a.png")):
+        picture(seed=seed).save(tmp_path / name)
+        remote.write(f"rex/{name}", (tmp_path / name).read_bytes())
+    remote.write("rex/subject.yaml", b"class: dog")  # a campaign's, and no surprise
+    remote.write("rex/notes.txt", b"mine")
+    found = read_photos([remote.full("rex/")], SIZE)
+    assert found.photos == read_photos([str(tmp_path)], SIZE).photos
+    assert [note.split(":")[0] for note in found.notes] == ["skipped notes.txt"]
+    [alone] = read_photos([remote.full("rex/a.png")], SIZE).photos
+    assert alone == found.photos[0]
+
+    remote.write("broken/a.jpg", b"\xff\xd8\xff\xe0 broken")
+    with pytest.raises(UserError, match=r"broken/a\.jpg is damaged"):
+        read_photos([remote.full("broken")], SIZE)
+    with pytest.raises(UserError, match="does not exist"):
+        read_photos([remote.full("nobody")], SIZE)
+    monkeypatch.setattr("training.intake.MAX_BYTES", 100)
+    monkeypatch.setattr("training.intake.read", pytest.fail)  # what is too large is not even downloaded
+    with pytest.raises(UserError, match="is too large"):
+        read_photos([remote.full("rex")], SIZE)

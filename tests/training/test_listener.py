@@ -44,7 +44,7 @@ def test_each_wish_is_told_once_and_the_greater_of_two_wins() -> None:
 def test_a_node_that_is_taken_away_is_told_once_in_every_run() -> None:
     listener = Listener(Box(), lambda: True)  # type: ignore[arg-type]
     assert [listener(), listener()] == [Wish.LEAVE, Wish.NONE]
-    listener.begin()
+    listener.begin(1)
     assert listener() is Wish.LEAVE
 
 
@@ -54,5 +54,19 @@ def test_a_wish_is_not_carried_into_the_next_run() -> None:
     box.words.put(["leave"])
     while len(box.after) < 2:
         time.sleep(0.001)
-    listener.begin()
+    listener.begin(1)
     assert listener() is Wish.NONE
+
+
+def test_a_run_is_dropped_by_its_lease_and_slot_whenever_it_was_said() -> None:
+    box: Any = Box()
+    listener = Listener(box, lambda: False)
+    box.words.put(["drop 1 0", "drop 2 3"])
+    while len(box.after) < 2:
+        time.sleep(0.001)
+    listener.begin(0)
+    assert (listener.of_one(), listener.dropped()) == (Wish.NONE, frozenset())
+    listener.begin(1)
+    assert (listener.of_one(), listener.of_one(), listener()) == (Wish.DROP, Wish.DROP, Wish.NONE)
+    listener.begin(2)
+    assert (listener.of_one(), listener.dropped()) == (Wish.NONE, frozenset({3}))

@@ -17,7 +17,7 @@ from training.draw import Drawer, DrawRequest
 from training.lease import Lease
 from training.loop import ResidentBase
 from training.png import decode_png, grid
-from training.wish import Wish
+from training.wish import Dropped, Wish
 
 Trained = dict[str, Any]
 TRAIN: dict[str, Any] = {"method": "lora", "steps": 6, "lr": 1e-2, "pairs_per_step": 2}
@@ -196,3 +196,13 @@ def test_all_workers_of_a_run_that_diverges_end_it_together(
     table["mean"][1] = np.nan
     one, two = pair(job)
     assert str(one["error"]) == str(two["error"]) and "two.png" in str(one["error"])
+
+
+def test_all_workers_of_a_run_that_nobody_wants_any_more_end_it_together_without_a_checkpoint(
+    make_job: Callable[..., Lease], pair: Any, storage: Storage
+) -> None:
+    job = make_job("rex", train={**TRAIN, "steps": 30}, validate=OFF)
+    one, two = pair(job, {1: {2: Wish.DROP}})  # said by one of them
+    assert [type(end["error"]) for end in (one, two)] == [Dropped, Dropped]
+    assert one["error"].step == two["error"].step == 5
+    assert storage.names("runs/rex/v1/checkpoints") == [] and storage.manifest("artifacts/rex/v1") is None

@@ -16,21 +16,12 @@ from cluster.mailbox import fetch
 from cluster.session import session
 from cluster.storage import Storage
 from training.intake import read_photos, store_photos
+from training.latents import ImageSet, Shard, latent_path, latent_refs, missing_images, missing_shards
 from training.pipeline import encode_image, load_vae, open_base
 from training.png import decode_png
 from training.prior import draw_prior, image_seed, prior_count, prior_images, prior_key, prior_pngs
 from training.recipe import Data, Prior
-from training.stream import (
-    ImageSet,
-    Pool,
-    Shard,
-    draw_pngs,
-    encode,
-    latent_path,
-    latent_refs,
-    missing_images,
-    missing_shards,
-)
+from training.stream import Pool, draw_pngs, encode
 
 pytestmark = pytest.mark.slow
 PRIOR = Prior(num_images=6, steps=3, guidance=4.0)
@@ -109,6 +100,29 @@ def test_a_damaged_shard_is_refused(tiny_base: Path, storage: Storage) -> None:
     with pytest.raises(SystemFailure, match="damaged") as caught:  # the same error from a worker
         encode(storage, base, [prior_images(storage, key, 2)], Pool())
     assert type(caught.value) is SystemFailure and caught.value.do
+
+
+def test_a_damaged_shard_refuses_its_set_and_the_other_sets_go_on(tiny_base: Path, storage: Storage) -> None:
+    base = open_base(str(tiny_base))
+    few = PRIOR.model_copy(update={"num_images": 2})
+    for noun in ("dog", "cat"):
+        draw_prior(storage, base, few, noun, Pool())
+    dogs, cats = (prior_images(storage, prior_key(base, few, noun), 2) for noun in ("dog", "cat"))
+    gone = replace(dogs, key="gone", shards={"a": Shard("priors/none/a.parquet", "0" * 64, 2)})
+    Path(storage.uri, next(iter(dogs.shards.values())).path).write_bytes(b"x")
+    errors: dict[int, str] = {}
+    sets, images = [dogs, cats, gone, cats], []
+    done: list[int] = []
+
+    def refuse(number: int, error: Exception) -> None:
+        errors[number] = f"{type(error).__name__} {error}"
+
+    encode(storage, base, sets, Pool(), lambda: images.append(1), done.append, refuse)
+    assert (done, len(images), sorted(errors)) == ([1, 3], 2, [0, 2])
+    assert "SystemFailure" in errors[0] and "damaged" in errors[0] and "missing" in errors[2]
+    done.clear()
+    encode(storage, base, [cats], Pool(), on_set=done.append)  # told at once
+    assert done == [0]
 
 
 def test_what_a_worker_cannot_do_is_said_without_rays_traceback(tiny_base: Path) -> None:

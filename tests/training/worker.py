@@ -15,7 +15,7 @@ from training import lease as lease_module
 from training.lease import Lease
 from training.loop import ResidentBase, train_run
 from training.pipeline import open_base
-from training.wish import Wish
+from training.wish import Dropped, Wish
 
 
 def train(lease: Lease, base: ResidentBase, rank: int, wishes: dict[int, Wish]) -> dict[str, Any]:
@@ -33,7 +33,7 @@ def train(lease: Lease, base: ResidentBase, rank: int, wishes: dict[int, Wish]) 
 
     try:
         metrics = train_run(lease, base, rank, dist.get_world_size(), report, wish)
-    except RayboothError as error:
+    except (RayboothError, Dropped) as error:
         return {"error": error, "events": events}
     return {"metrics": metrics, "events": events}
 

@@ -1,0 +1,419 @@
+"""This file is where a campaign is run: it hears what happened, decides, puts that on record, and only then acts.
+
+The work itself is behind `Works`, so that what is here is tested without Ray and measured without training.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, Protocol
+
+from cluster.mailbox import GANG_KILLED, GIVE_UP_AFTER
+from orchestrator.campaign_settings import Budget, Schedule
+from orchestrator.claims import Claim
+from orchestrator.facts import (
+    Began,
+    Checked,
+    Fact,
+    Failed,
+    Measured,
+    Published,
+    Ready,
+    Registered,
+    Said,
+    Stepped,
+    Stopped,
+)
+from orchestrator.ledger import Ledger
+from orchestrator.order import Group, Queue, prior_order
+from orchestrator.records import ENDED, CampaignRow, RunRow
+from orchestrator.recovery import Again, Failure, History, Kind, Size, decide
+from orchestrator.roster import Outline, Roster
+
+POLL_S = 0.2  # a table feels live at 5 Hz
+RECORD_S = 1.0  # how old the steps on record may be; states are recorded at once
+WISHES_S = 0.5  # until a cancel is heard
+MOST_HELD = 16  # groups that are passed over because only gangs of another kind are free
+
+
+class Works(Protocol):
+    """The work of a campaign. Every method returns at once; what comes of it is told as facts."""
+
+    def outline(self, run: int, size: Size) -> Outline:
+        """What is known of a run before anything is done for it; raises `UserError`."""
+        ...
+
+    def width(self, bank_key: str) -> int | None:
+        """How many runs of a key are trained together; `None` until that is measured."""
+        ...
+
+    def check(self, run: int, size: Size) -> None:
+        """Begin to make a run ready."""
+        ...
+
+    def draw_first(self, prior_keys: Sequence[str]) -> None:
+        """The order in which prior sets are drawn."""
+        ...
+
+    def staff(self, live: Mapping[Any, int], active: Mapping[Any, int]) -> None:
+        """Have gangs come and go.
+
+        Args:
+            live: By kind the groups that have not ended.
+            active: Those of them that are ready or train.
+        """
+        ...
+
+    def free(self, kind: Any) -> int:
+        """How many gangs of this kind could begin now."""
+        ...
+
+    def train(self, kind: Any, slots: Sequence[int | None]) -> str:
+        """Hand runs to a free gang; returns its name."""
+        ...
+
+    def measure(self, kind: Any, run: int) -> None:
+        """Have a free gang measure how many runs such as this one are best trained together."""
+        ...
+
+    def drop(self, run: int) -> None:
+        """End a run that trains."""
+        ...
+
+    def publish(self, run: int, metrics: Mapping[str, float]) -> None:
+        """Put a run's artifact on record."""
+        ...
+
+    def end(self, run: int, state: str, reason: str | None) -> None:
+        """Nothing more is done for a run."""
+        ...
+
+    def facts(self, wait_s: float) -> list[Fact]:
+        """What happened since the last call; waits up to `wait_s` seconds."""
+        ...
+
+    def leave(self) -> bool:
+        """Have what trains saved and left; `False` when nothing does."""
+        ...
+
+    @property
+    def spent(self) -> Mapping[str, float]:
+        """Seconds of `worker`, `cpu` and `gpu` held since the start of this controller."""
+        ...
+
+
+class Controller:
+    """The controller of one campaign.
+
+    Args:
+        ledger: The record.
+        claim: On the campaign.
+        campaign: As it is on record.
+        schedule: Its settings.
+        budget: What it may spend.
+        works: Does the work.
+        show: Shown the runs a few times a second.
+        say: Takes lines for people.
+    """
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        claim: Claim,
+        campaign: CampaignRow,
+        schedule: Schedule,
+        budget: Budget,
+        works: Works,
+        show: Callable[[Sequence[RunRow]], None],
+        say: Callable[[str], None],
+    ) -> None:
+        self._ledger, self._claim, self._campaign = ledger, claim, campaign
+        self._schedule, self._budget, self._works, self._show, self._say = schedule, budget, works, show, say
+        self.roster = Roster(ledger.runs(campaign.name), schedule.per_tenant)
+        self._queue = Queue(schedule.per_tenant)
+        self._cancelled: set[int] = set()
+        self._measuring: set[str] = set()
+        self._acts: list[Callable[[], None]] = []
+        self._stopping: str | None = None
+        self._recorded_at = self._asked_at = 0.0
+        self._moved = True
+
+    def run(self) -> str:
+        """Run the campaign until every run has ended, or it is stopped; returns its state.
+
+        Raises:
+            ClaimLost: Another controller has it now.
+        """
+        self._ledger.record_campaign(self._claim, state="running", reason=None, finished_at=None)
+        for row in self.roster.open():
+            self._begin(row)
+        while self.roster.unfinished and (self._stopping is None or self._works.leave()):
+            self._once(POLL_S)
+        self._once(0.0)
+        return self._finish()
+
+    def stop(self, why: str) -> None:
+        """Have what trains saved, and begin nothing more; the campaign can be gone on with."""
+        if self._stopping is None:
+            self._stopping = why
+            self._works.leave()
+
+    # -- one turn ------------------------------------------------------------------------------------------
+
+    def _once(self, wait_s: float) -> None:
+        for fact in self._works.facts(wait_s):
+            self._hear(fact)
+        self._mind_wishes()
+        self._mind_budget()
+        self._settle()
+        if self._stopping is None:
+            self._assign()
+        self._record()
+        acts, self._acts = self._acts, []
+        for act in acts:
+            act()
+        self._show(self.roster.rows)
+
+    def _hear(self, fact: Fact) -> None:
+        row = self.roster[fact.run]
+        if isinstance(fact, Said):
+            self._say(f"{row.name}: {fact.text}")
+            return
+        if row.state in ENDED:
+            return
+        change, run = self.roster.change, fact.run
+        match fact:
+            case Checked(version=version, fingerprint=fingerprint, prior_key=key, notes=notes):
+                change(run, phase="encoding", version=version, fingerprint=fingerprint, prior_key=key)
+                for note in notes:
+                    self._say(f"{row.name}: note: {note}")
+            case Ready(prior_drawn=drawn):
+                change(run, state="queued", phase="waiting for a gang", prior_drawn=row.prior_drawn + drawn)
+                self.roster.ready(run)
+            case Measured(width=width):
+                self._say(f"{width} runs such as {row.name} are trained together")
+                self._group()
+            case Began(step=step):
+                change(run, phase=None, step=step)
+            case Stepped(row=said):
+                figures = {key: said.get(key) for key in ("loss_subject", "loss_class")}
+                self.roster.note(run, step=int(said["step"]), rate=said.get("steps_per_second"), **figures)
+            case Published(metrics=metrics):
+                change(run, state="publishing", phase=None, metrics=dict(metrics), step=row.steps)
+                self.roster.end_lease(run)
+                self._acts.append(partial(self._works.publish, run, metrics))
+            case Registered():
+                found = {"version": fact.version, "artifact": fact.artifact, "metrics": dict(fact.metrics)}
+                self._end(run, "succeeded", None, **found, mlflow_run_id=fact.mlflow_run_id, step=row.steps)
+            case Stopped():
+                self._stopped(row, fact)
+            case Failed():
+                self._failed(row, fact)
+
+    # -- how runs begin and end ----------------------------------------------------------------------------
+
+    def _begin(self, row: RunRow) -> None:
+        """Make a run ready that has not ended, whatever a controller before this one had come to with it."""
+        try:
+            outline = self._works.outline(row.id, Size(row.smaller))
+        except Exception as error:
+            self._failed(row, Failed.of(row.id, error))
+            return
+        self.roster.outline(row.id, outline)
+        self.roster.change(row.id, state="preparing", phase="checking photos", gang=None)
+        self._acts.append(partial(self._works.check, row.id, Size(row.smaller)))
+
+    def _end(self, run: int, state: str, reason: Mapping[str, Any] | None, **fields: Any) -> None:
+        self.roster.change(
+            run, state=state, phase=None, reason=reason, gang=None, finished_at=time.time(), **fields
+        )
+        self.roster.end_lease(run)
+        self._cancelled.discard(run)
+        if state != "succeeded":
+            why = str(reason["what"]) if reason else None
+            self._acts.append(partial(self._works.end, run, state, why))
+
+    def _stopped(self, row: RunRow, fact: Stopped) -> None:
+        if row.id in self._cancelled:
+            self._end(row.id, "cancelled", None)
+        else:
+            self.roster.change(row.id, state="queued", phase="saved, to be gone on with", gang=None)
+            self.roster.end_lease(row.id)
+            self._acts.append(partial(self._works.end, row.id, "interrupted", self._stopping))
+
+    def _failed(self, row: RunRow, fact: Failed) -> None:
+        if row.id in self._cancelled:
+            self._end(row.id, "cancelled", None)
+            return
+        trained = row.state == "training"
+        # a gang tells of itself only after it was started again some times
+        kills = row.kills + (GIVE_UP_AFTER - 1 if fact.kind == GANG_KILLED else 0)
+        outline = self.roster.outlines.get(row.id)
+        history = History(
+            attempts=row.attempts + (not trained),
+            kills=kills,
+            smaller=Size(row.smaller),
+            width=row.width or 1,
+            members=self.roster.members(row.id),
+            most_attempts=self._schedule.attempts,
+            can=outline.can if outline else frozenset(),
+        )
+        decided = decide(Failure(Kind(fact.kind), fact.reason), history)
+        if not isinstance(decided, Again):
+            state = getattr(decided, "state", "failed")
+            self._end(row.id, state, decided.reason, attempts=history.attempts, kills=kills)
+            return
+        self._say(f"{row.name}: tried again: {fact.what}. {fact.seen}")
+        self._acts.append(partial(self._works.end, row.id, "interrupted", fact.what))
+        self.roster.change(
+            row.id,
+            state="queued",
+            phase="to be tried again",
+            gang=None,
+            reason=fact.reason,
+            attempts=decided.attempts,
+            kills=decided.kills,
+            smaller=int(decided.smaller),
+        )
+        self.roster.end_lease(row.id)
+        if decided.width != (row.width or 1):
+            self.roster.regroup(row.id, decided.width)
+        self.roster.unready(row.id)
+        self._begin(self.roster[row.id])
+
+    # -- what is trained when ------------------------------------------------------------------------------
+
+    def _group(self) -> None:
+        """Group the runs that are not, wherever it is known how many train together."""
+        self.roster.group(self._width)
+        self._works.draw_first(prior_order(self.roster.groups.values(), self.roster.priors_missing()))
+
+    def _width(self, bank_key: str | None) -> int | None:
+        wanted = self._schedule.bank
+        if bank_key is None or wanted == 1:
+            return 1
+        return self._works.width(bank_key) if wanted == "auto" else wanted
+
+    def _settle(self) -> None:
+        """Let groups wait for their turn that are ready, and let go of those that have ended."""
+        if self.roster.ungrouped:
+            self._group()
+        for group in self.roster.settle():
+            self._queue.ended(group)
+        for group in self.roster.complete():
+            self._queue.push(group)
+
+    def _assign(self) -> None:
+        """Give free gangs the groups whose turn it is."""
+        self._works.staff(*self.roster.demand())
+        for bank_key, run in self.roster.unmeasured(self._width).items():
+            kind = self.roster.outlines[run].kind
+            if bank_key not in self._measuring and self._works.free(kind):
+                self._measuring.add(bank_key)
+                self.roster.note(run, phase="measuring how many train together")
+                self._acts.append(partial(self._works.measure, kind, run))
+        held: list[Group] = []
+        taken: Counter[Any] = Counter()
+        while any(self._works.free(kind) > taken[kind] for kind in self.roster.kinds):
+            if len(held) == MOST_HELD or (group := self._queue.pop()) is None:
+                break
+            slots = self.roster.slots(group)
+            kind = next((self.roster.outlines[run].kind for run in slots if run is not None), None)
+            if kind is None:
+                self._queue.ended(group)
+                self.roster.unqueue(group)
+            elif self._works.free(kind) > taken[kind]:
+                taken[kind] += 1
+                self._lease(group, kind, slots)
+            else:
+                held.append(group)
+        for group in held:
+            self._queue.ended(group)
+            self._queue.push(group)
+
+    def _lease(self, group: Group, kind: Any, slots: Sequence[int | None]) -> None:
+        now = time.time()
+        runs = [run for run in slots if run is not None]
+        for run in runs:
+            row = self.roster[run]
+            began = row.started_at or now
+            self.roster.change(
+                run, state="training", phase="starting", attempts=row.attempts + 1, started_at=began
+            )
+        self.roster.lease(group)
+
+        def act() -> None:
+            name = self._works.train(kind, slots)
+            for run in runs:
+                self.roster.note(run, gang=name)
+
+        self._acts.append(act)
+
+    # -- what people want ----------------------------------------------------------------------------------
+
+    def _mind_wishes(self) -> None:
+        now = time.monotonic()
+        if now - self._asked_at < WISHES_S:
+            return
+        self._asked_at = now
+        wishes = self._ledger.wishes(self._claim)
+        for wish in wishes:
+            if wish.wish == "cancel":
+                for run in wish.run_ids if wish.run_ids is not None else list(self.roster.unfinished):
+                    self._cancel(run)
+            elif wish.wish == "requeue":
+                fresh = {row.id: row for row in self._ledger.runs(self._campaign.name, "queued")}
+                for run in wish.run_ids or []:
+                    if run in fresh and self.roster[run].state in ENDED:
+                        self.roster.again(fresh[run])
+                        self._begin(fresh[run])
+        if wishes:
+            self._ledger.done(self._claim, [wish.id for wish in wishes])
+
+    def _cancel(self, run: int) -> None:
+        state = self.roster[run].state
+        if state == "training":
+            self._cancelled.add(run)
+            self.roster.note(run, phase="cancelling")
+            self._acts.append(partial(self._works.drop, run))
+        elif state not in (*ENDED, "publishing"):  # what is published is on record in a moment
+            self._end(run, "cancelled", None)
+
+    def _mind_budget(self) -> None:
+        spent, before = self._works.spent, self._campaign
+        limits = {
+            "budget.hours": (self._budget.hours, time.time() - self._campaign.created_at),
+            "budget.cpu_hours": (self._budget.cpu_hours, before.cpu_seconds + spent["cpu"]),
+            "budget.gpu_hours": (self._budget.gpu_hours, before.gpu_seconds + spent["gpu"]),
+        }
+        for name, (limit, seconds) in limits.items():
+            if limit is not None and seconds > limit * 3600 and self._stopping is None:
+                self._say(f"{name} is spent: what trains is saved, and nothing more begins")
+                self.stop(f"{name} = {limit:g} is spent")
+
+    # -- the record ----------------------------------------------------------------------------------------
+
+    def _record(self) -> None:
+        now = time.monotonic()
+        if not self.roster.urgent and now - self._recorded_at < RECORD_S:
+            return
+        self._recorded_at = now
+        changes = self.roster.take_changes()
+        if changes:
+            self._ledger.record(self._claim, changes)
+            held = {f"{unit}_seconds": seconds for unit, seconds in self._works.spent.items()}
+            before = {unit: getattr(self._campaign, unit) for unit in held}
+            self._ledger.record_campaign(self._claim, **{unit: before[unit] + held[unit] for unit in held})
+
+    def _finish(self) -> str:
+        states = {row.state for row in self.roster.rows}
+        if self._stopping is not None:
+            state, reason = "stopped", {"what": self._stopping, "seen": "", "do": "raise it, then resume"}
+        elif states <= {"succeeded"}:
+            state, reason = "succeeded", None
+        else:
+            state = "cancelled" if states <= {"succeeded", "cancelled"} else "failed"
+            reason = None
+        self._ledger.record_campaign(self._claim, state=state, reason=reason, finished_at=time.time())
+        return state

@@ -1,0 +1,1 @@
+"""This package is where the ledger's schema changes are written down, one revision each, for Alembic."""

@@ -1,0 +1,109 @@
+"""This file is where prompts, seeds and settings become the images that are wanted of a subject."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from json import dumps
+from typing import Any, get_args
+
+from cluster.errors import SystemFailure, UserError, did_you_mean
+from cluster.storage import Storage, sha256
+from orchestrator.gallery import Image
+from training.artifact import Identity, artifact_path
+from training.draw import DRAW_WIDTH
+from training.pipeline import BaseInfo, load_tokenizer, open_base, token_ids
+from training.prompt import render_prompt
+from training.recipe import SamplerName
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What to draw of every subject."""
+
+    prompts: tuple[str, ...]
+    """May say `{subject}` and `{class}`; the same prompt twice is drawn once."""
+    num_images: int = 4
+    """Per prompt; image i has the seed `seed + i`."""
+    seed: int = 0
+    steps: int = 25
+    guidance: float | None = None
+    """Guidance scale; 1 is without, `None` takes what each subject was validated with."""
+    sampler: str = "ddim"
+    negative_prompt: str = ""
+
+    @property
+    def per_subject(self) -> int:
+        """Images of each subject."""
+        return len(set(self.prompts)) * self.num_images
+
+    def check(self) -> None:
+        """Refuse what no subject can be drawn with.
+
+        Raises:
+            UserError: There is no such sampler.
+        """
+        known = get_args(SamplerName)
+        if self.sampler not in known:
+            raise UserError(f"there is no sampler {self.sampler!r}", "", did_you_mean(self.sampler, known))
+
+
+def wanted_images(
+    storage: Storage, name: str, version: str, wanted: Wanted, device: str
+) -> tuple[BaseInfo, list[Image]]:
+    """What is wanted of a subject, prompt by prompt and seed by seed, and the base that draws it.
+
+    Args:
+        storage: Root that holds its artifact.
+        name: The subject.
+        version: Of its artifact.
+        wanted: What is wanted of every subject.
+        device: What it is drawn on, `cuda` or `cpu`.
+
+    Raises:
+        SystemFailure: It has no artifact.
+        UserError: Its base is not there, or a prompt cannot be used.
+    """
+    path = artifact_path(name, version)
+    manifest = storage.manifest(path)
+    if manifest is None:
+        raise SystemFailure(f"{storage.full(path)} is missing or was not finished", "", f"train {name} again")
+    base = _base(manifest["base"]["model"], manifest["base"]["revision"])
+    identity = Identity.from_json(manifest["identity"])
+    guidance = wanted.guidance
+    if guidance is None:
+        guidance = float(manifest["recipe"]["validate"]["guidance"])
+    prompts = {
+        prompt: render_prompt(prompt, identity.class_noun, identity.identifier, identity.template)
+        for prompt in wanted.prompts
+    }
+    texts = [*prompts.values(), wanted.negative_prompt]
+    token_ids(_tokenizer(base.model, base.revision), texts, base.token_limit)  # refuses what is too long
+    artifact = sha256(dumps(manifest["files"], sort_keys=True).encode())[:16]
+    images = [
+        Image(
+            subject=name,
+            version=version,
+            artifact=artifact,
+            base_revision=base.revision,
+            width=DRAW_WIDTH[device],
+            prompt=prompt,
+            words=words,
+            seed=wanted.seed + number,
+            negative_prompt=wanted.negative_prompt,
+            steps=wanted.steps,
+            guidance=guidance,
+            sampler=wanted.sampler,
+        )
+        for prompt, words in prompts.items()
+        for number in range(wanted.num_images)
+    ]
+    return base, images
+
+
+@lru_cache(maxsize=8)
+def _base(model: str, revision: str) -> BaseInfo:
+    return open_base(model, revision)
+
+
+@lru_cache(maxsize=8)
+def _tokenizer(model: str, revision: str) -> Any:
+    return load_tokenizer(_base(model, revision))

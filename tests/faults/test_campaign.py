@@ -1,0 +1,212 @@
+"""Campaigns whose drivers and workers are killed: the same artifacts, and nothing trained twice."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from cluster.storage import Storage
+from pocket.subject import subject_photos
+
+pytestmark = [pytest.mark.slow, pytest.mark.faults, pytest.mark.timeout(3600)]
+PATIENCE_S = 900  # for one start on a machine that is busy elsewhere
+GOOD = ("ada", "bob", "cat", "dot")
+STEPS = 120
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Photos of four subjects, a folder with a damaged JPEG among good photos, and one without any image."""
+    folder = tmp_path_factory.mktemp("photos")
+    for seed, name in enumerate(GOOD):
+        subject = folder / name
+        subject.mkdir()
+        for number, photo in enumerate(subject_photos("cup", seed)):
+            photo.save(subject / f"{number}.png")
+    broken = folder / "broken"
+    broken.mkdir()
+    (broken / "good.png").write_bytes((folder / "ada" / "0.png").read_bytes())
+    (broken / "torn.jpg").write_bytes(b"\xff\xd8\xff\xe0" + bytes(500))
+    (folder / "empty").mkdir()
+    (folder / "empty" / "notes.txt").write_text("nothing to see")
+    return folder
+
+
+class Night:
+    """A campaign in a storage root of its own, and the command that runs it."""
+
+    def __init__(self, root: str, photos: Path, base: Path, folder: Path) -> None:
+        self.root, self.folder = root, folder
+        subjects = [{"name": name, "images": str(photos / name)} for name in (*GOOD, "broken", "empty")]
+        for subject in subjects[2:4]:
+            subject["class"] = "cat"
+        described = {
+            "name": "night",
+            "defaults": {
+                "base": {"model": str(base)},
+                "subject": {"class": "dog"},
+                "prior": {"num_images": 4, "steps": 4},
+                "train": {"steps": STEPS, "lora": {"rank": 4, "alpha": 4}},
+                "checkpoint": {"every": 10},
+                "validate": {"every": 0},
+            },
+            "subjects": subjects,
+            "schedule": {"bank": 2, "gangs": 1},
+            "prompts": ["a photo of {subject}"],
+            "images": {"num_images": 1, "steps": 3},
+        }
+        folder.mkdir(exist_ok=True)
+        self.manifest = folder / "campaign.yaml"
+        self.manifest.write_text(yaml.safe_dump(described))
+
+    def start(self, *command: str) -> subprocess.Popen[str]:
+        with (self.folder / f"stderr-{time.time():.3f}.txt").open("w") as said:
+            return subprocess.Popen(
+                [
+                    sys.executable,
+                    "-m",
+                    "orchestrator",
+                    "campaign",
+                    *command,
+                    "--storage",
+                    self.root,
+                    "--json",
+                ],
+                stdout=subprocess.PIPE,
+                stderr=said,
+                text=True,
+                start_new_session=True,
+                cwd=self.folder,
+            )
+
+    def finish(self, process: subprocess.Popen[str]) -> tuple[int, dict[str, Any]]:
+        out, _ = process.communicate(timeout=PATIENCE_S)
+        answer = json.loads(out.splitlines()[-1]) if out else {}
+        assert answer, "\n".join(file.read_text()[-3000:] for file in sorted(self.folder.glob("stderr-*")))
+        return process.returncode, answer
+
+    def run(self) -> tuple[int, dict[str, Any]]:
+        return self.finish(self.start("run", str(self.manifest)))
+
+    def artifacts(self, storage: Storage) -> dict[str, Any]:
+        """The sha256 of every file of every subject's artifact."""
+        return {
+            name: {file: entry["sha256"] for file, entry in manifest["files"].items()}
+            for name in GOOD
+            if (manifest := storage.manifest(f"artifacts/{name}/v1"))
+        }
+
+    def steps(self, storage: Storage, name: str) -> list[int]:
+        """The steps that a subject's log tells of, in order."""
+        lines = storage.read(f"runs/{name}/v1/events.jsonl").decode().splitlines()
+        said = [json.loads(line) for line in lines]
+        return [event["step"] for event in said if event["event"] == "step"]
+
+
+def states(answer: Mapping[str, Any]) -> dict[str, str]:
+    return {subject["name"]: subject["state"] for subject in answer["subjects"]}
+
+
+def wait(until: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while process.poll() is None and not until():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_a_campaign_in_an_object_store_whose_driver_and_worker_are_killed_ends_as_a_calm_one_on_a_disk(
+    tmp_path: Path, photos: Path, tiny_base: Path, bucket: str, tell: Any, workers: Callable[..., list[int]]
+) -> None:
+    calm = Night(str(tmp_path / "calm"), photos, tiny_base, tmp_path / "calm-out")
+    code, answer = calm.run()
+    expected = dict.fromkeys(GOOD, "succeeded") | {"broken": "failed", "empty": "failed"}
+    assert (code, answer["state"], states(answer)) == (3, "failed", expected)
+    reasons = {s["name"]: s["reason"] for s in answer["subjects"] if s["reason"]}
+    assert "torn.jpg is damaged" in reasons["broken"]["what"] and "no photos" in reasons["empty"]["what"]
+    drawn = [(prior["class"], prior["images"], prior["drawn"]) for prior in answer["priors"]]
+    assert sorted(drawn) == [("cat", 4, 4), ("dog", 4, 4)]
+    assert answer["images"]["drawn"] == 4
+    page = Path(answer["report"]).read_text()
+    assert all(name in page for name in (*GOOD, "torn.jpg"))
+
+    hurt = Night(f"{bucket}/booth", photos, tiny_base, tmp_path / "hurt-out")
+    storage, seed = Storage(hurt.root), random.Random(4)
+
+    def saved(name: str, step: int) -> bool:
+        return storage.exists(f"runs/{name}/v1/checkpoints/step_{step:06d}/manifest.json")
+
+    process = hurt.start("run", str(hurt.manifest))
+    wait(lambda: saved("ada", 20) or saved("cat", 20), process)
+    time.sleep(seed.random())
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+    process = hurt.start("resume", "night")
+    wait(lambda: saved("ada", 60) or saved("cat", 60), process)
+    [worker] = workers(process.pid)
+    os.kill(worker, signal.SIGKILL)
+    wait(lambda: storage.manifest("artifacts/ada/v1") is not None, process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+    before = {name: storage.manifest(f"artifacts/{name}/v1") for name in GOOD}
+    code, answer = hurt.run()
+    assert (code, states(answer)) == (3, expected)
+    assert hurt.artifacts(storage) == calm.artifacts(Storage(calm.root))
+    again = {name: storage.manifest(f"artifacts/{name}/v1") for name in GOOD}
+    assert all(again[name] == found for name, found in before.items() if found)  # published once
+    assert all(hurt.steps(storage, name) == list(range(1, STEPS + 1)) for name in GOOD)
+    assert {tuple(storage.names(f"artifacts/{name}")) for name in GOOD} == {("v1",)}
+    tell("campaign on S3: driver killed twice, worker once", "equal")
+
+    code, answer = hurt.run()
+    assert (code, states(answer)) == (3, expected) and answer["images"]["drawn"] == 0
+
+
+def test_a_detached_campaign_is_seen_and_cancelled_from_outside_and_gone_on_with(
+    tmp_path: Path, photos: Path, tiny_base: Path, workers: Callable[..., list[int]]
+) -> None:
+    night = Night(str(tmp_path / "root"), photos, tiny_base, tmp_path / "out")
+    storage = Storage(night.root)
+    code, answer = night.finish(
+        night.start("run", str(night.manifest), "--detach", "--set", "train.steps=5000")
+    )
+    assert code == 0 and "process" in answer["controller"]
+    pid = int(answer["controller"].split()[1])
+    try:
+
+        def status() -> dict[str, Any]:
+            return night.finish(night.start("status", "night"))[1]
+
+        deadline = time.monotonic() + PATIENCE_S
+        now = status()
+        while not any(subject["step"] > 0 for subject in now["subjects"]):
+            assert time.monotonic() < deadline, now
+            time.sleep(0.5)
+            now = status()
+        assert now["state"] == "running" and f"process {pid}" in now["controller"]
+        refused, error = night.finish(night.start("resume", "night"))
+        assert refused == 2 and f"by process {pid}" in error["error"]["seen"]
+        code, answer = night.finish(night.start("cancel", "night"))
+        asked = time.monotonic()
+        while Path(f"/proc/{pid}").exists() and workers(pid):
+            assert time.monotonic() - asked < 60
+            time.sleep(0.1)
+        while (now := status())["controller"]:
+            assert time.monotonic() < deadline, now
+            time.sleep(0.5)
+        assert now["state"] in ("cancelled", "failed")
+        assert {s["state"] for s in now["subjects"]} == {"cancelled", "failed"}
+        assert (storage.exists("campaigns/night/controller.log"), len(night.artifacts(storage))) == (True, 0)
+    finally:
+        if Path(f"/proc/{pid}").exists():
+            os.killpg(pid, signal.SIGKILL)

@@ -1,0 +1,61 @@
+"""This file is where it is told which runs can be trained together in one bank."""
+
+import json
+
+from cluster.storage import Storage, sha256
+from training.recipe import ATTENTION, Run
+
+# Ends of the names of a Stable Diffusion UNet's layers that are linear in every base: a bank adapts no others
+LINEAR = tuple(
+    f".{name}" for name in (*ATTENTION, "ff.net.0.proj", "ff.net.2", "time_emb_proj", "linear_1", "linear_2")
+)
+
+
+def bankable(run: Run, world: int) -> str | None:
+    """What keeps a run of `world` workers out of a bank, as the setting that does; `None` when nothing does."""
+    train, engine, every = run.train, run.engine, run.validate_.every
+    reasons = {
+        "train.method": train.method != "lora",
+        "train.text_encoder.train": train.text_encoder.train,
+        "train.ema_decay": train.ema_decay is not None,
+        "train.load_best_at_end": train.load_best_at_end,
+        "train.accumulation": train.accumulation > 1,
+        "train.lora.targets": not all(f".{target}".endswith(LINEAR) for target in train.lora.targets),
+        "engine.zero_stage": engine.zero_stage not in ("auto", 0),
+        "engine.offload": engine.offload,
+        "cluster.workers": world > 1,
+        "validate.every": 0 < every < train.steps and bool(run.validate_.prompts),
+    }
+    return next((setting for setting, holds in reasons.items() if holds), None)
+
+
+def bank_key(run: Run, base_revision: str) -> str | None:
+    """Runs of the same key can be trained together; `None` is trained alone.
+
+    Learning rate, steps, seed, clipping, decay, warm-up and the weight of the prior may differ in a bank.
+    """
+    if bankable(run, run.cluster.workers):
+        return None
+    lora, engine = run.train.lora, run.engine
+    parts = [
+        base_revision,
+        [lora.rank, list(lora.targets)],
+        run.train.pairs_per_step,
+        run.prior.weight > 0,
+        [engine.precision, engine.gradient_checkpointing],
+        [run.cluster.cpus_per_worker, run.cluster.gpus_per_worker],
+    ]
+    return sha256(json.dumps(parts).encode())[:16]
+
+
+def calibration_path(key: str) -> str:
+    """Where it is kept how many runs of a key are best trained together."""
+    return f"calibration/{key}.json"
+
+
+def calibrated_width(storage: Storage, key: str) -> int | None:
+    """How many runs of a key are best trained together; `None` when that was not measured yet."""
+    try:
+        return int(storage.read_json(calibration_path(key))["width"])
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError):
+        return None
