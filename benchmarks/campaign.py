@@ -13,10 +13,10 @@ import argparse
 import ctypes
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,13 +35,52 @@ from training.recipe import Prior
 CLASS_IMAGES = 8
 RANK = 4  # the peer's default
 PRIOR = {"num_images": CLASS_IMAGES, "steps": 10, "guidance": 4.0}
+LOOK_S = 0.1
 SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER of Linux: what outlives its parent becomes ours, to be waited for
+
+
+class Descendants(threading.Thread):
+    """Adds up the CPU seconds of all processes below this one, by looking often: Ray's raylet does not wait for its
+    workers, so what the system adds up by itself lacks them."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self._ticks: dict[tuple[int, str], int] = {}  # by process and when it began
+        self._over = threading.Event()
+
+    def run(self) -> None:
+        while not self._over.wait(LOOK_S):
+            self._look()
+
+    def stop(self) -> float:
+        """The CPU seconds."""
+        self._over.set()
+        self.join()
+        return sum(self._ticks.values()) / os.sysconf("SC_CLK_TCK")
+
+    def _look(self) -> None:
+        parents: dict[int, int] = {}
+        spent: dict[int, tuple[str, int]] = {}
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                fields = (folder / "stat").read_text().rpartition(")")[2].split()
+            except (FileNotFoundError, ProcessLookupError):
+                continue  # it has just ended
+            pid = int(folder.name)
+            parents[pid] = int(fields[1])
+            spent[pid] = fields[19], int(fields[11]) + int(fields[12])
+        for pid, (began, ticks) in spent.items():
+            ancestor = parents[pid]
+            while ancestor in parents and ancestor != os.getpid():
+                ancestor = parents[ancestor]
+            if ancestor == os.getpid():
+                self._ticks[pid, began] = ticks
 
 
 def cpu_of(command: Sequence[str], log: Path, folder: Path | None = None) -> tuple[float, float]:
     """CPU and wall seconds of a command and of every process that it started, to the last one's end."""
     ctypes.CDLL(None).prctl(SUBREAPER, 1, 0, 0, 0)
-    before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
+    began, watch = time.monotonic(), Descendants()
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
@@ -50,6 +89,7 @@ def cpu_of(command: Sequence[str], log: Path, folder: Path | None = None) -> tup
     }
     with log.open("ab") as said:
         process = subprocess.Popen(command, stdout=said, stderr=said, env=environment, cwd=folder)
+        watch.start()
         code = process.wait()
         took = time.monotonic() - began
         while True:
@@ -59,8 +99,7 @@ def cpu_of(command: Sequence[str], log: Path, folder: Path | None = None) -> tup
                 break
     if code:
         raise SystemExit(f"{' '.join(command)} failed:\n{log.read_text()[-3000:]}")
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, took
+    return watch.stop(), took
 
 
 def prepare(work: Path, subjects: int, storage: Storage) -> None:
@@ -159,6 +198,7 @@ def main() -> None:
             load = os.getloadavg()[0]
             command = ours(work, storage, method, asked.subjects, asked.steps, asked.gangs, bank)
             cpu, wall = cpu_of(command, work / "ours.txt", work)
+            print(f"{method}: ours {cpu:.1f} CPU s, {wall:.1f} s", file=sys.stderr, flush=True)
             peers = [
                 cpu_of(theirs(work, script.absolute(), method, i, asked.steps), work / "theirs.txt")[0]
                 for i in range(asked.subjects)

@@ -85,7 +85,8 @@ def stand_in() -> None:
     transforms = ModuleType("torchvision.transforms")
     for step in (Compose, Resize, CenterCrop, RandomCrop, ToTensor, Normalize):
         setattr(transforms, step.__name__, step)
-    transforms.InterpolationMode = SimpleNamespace(BILINEAR=Image.Resampling.BILINEAR)  # type: ignore[attr-defined]
+    modes = {mode.name: mode for mode in Image.Resampling}
+    transforms.InterpolationMode = SimpleNamespace(**modes)  # type: ignore[attr-defined]
     torchvision = ModuleType("torchvision")
     torchvision.transforms = transforms  # type: ignore[attr-defined]
     torchvision.__spec__ = ModuleSpec("torchvision", None)  # libraries ask for it, and find no version

@@ -134,6 +134,7 @@ class TrainingEngine:
         )
         _describe_group()
         bucket = min(LARGEST_BUCKET, sum(p.numel() for p in self._parameters))
+        self._linear = nn.functional.linear
         self._deepspeed = _deepspeed(self._parameters[0].device.type)
         self._engine, *_ = self._deepspeed.initialize(
             model=module,
@@ -216,8 +217,11 @@ class TrainingEngine:
         _load_parameters(self._named, weights)
 
     def close(self) -> None:
-        """Take DeepSpeed's hooks off the module and let go of its buffers."""
+        """Take DeepSpeed's hooks off the module and let go of its buffers, so that nothing of this run is left."""
         self._engine.destroy()
+        nn.functional.linear = (
+            self._linear
+        )  # which stage 3 puts its own in the place of, for all that comes after
 
     def _update(self, batches: Sequence[PairBatch], lrs: Sequence[float], wish: Wish) -> torch.Tensor:
         """One optimizer step at the given learning rates; returns the figures of a `StepReport`."""

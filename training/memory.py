@@ -4,8 +4,10 @@ What lasts is counted from shapes. What a step needs for a moment is found by ru
 on fake tensors, which have a size and no bytes, and watching which of them are alive together.
 """
 
+import gc
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -184,10 +186,23 @@ def _live_in_step(
             for parameter in module.parameters():
                 if parameter.requires_grad:
                     parameter.register_post_accumulate_grad_hook(live.take_gradient)  # type: ignore[no-untyped-call]
-            loss, _, _ = module(_empty_batch(base, rows))
-            loss.backward()
+            with _no_collection():  # when it comes depends on what this process did before
+                loss, _, _ = module(_empty_batch(base, rows))
+                loss.backward()
     heap = int(live.peak * FRAGMENTED[engine.gradient_checkpointing]) if device == "cpu" else 0
     return _Peaks(live.peak + heap, live.peak_with_gradients + heap)
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Keep Python's collector of cycles from running."""
+    before = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if before:
+            gc.enable()
 
 
 def _drawing(base: BaseInfo) -> tuple[int, int]:

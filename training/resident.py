@@ -14,53 +14,11 @@ from cluster.objects import StorageError
 from cluster.storage import Storage
 from training.artifact import open_artifact
 from training.draw import Drawer, DrawRequest
-from training.intake import crops
 from training.pipeline import encode_image, load_vae, open_base
 from training.png import encode_png
-from training.recipe import Data
+from training.reading import error_text
 
 Batch = dict[str, Any]
-
-
-class ReadImages:
-    """Reads one Parquet shard of PNGs, checked against its sha256, and cuts each image into its variants.
-
-    A photo gives every variant that `data` enumerates; a class image is square already and gives itself.
-    """
-
-    def __init__(self, storage_uri: str, refuse: bool = True) -> None:
-        self.storage_uri, self.refuse = storage_uri, refuse
-
-    def __call__(self, shard: Batch) -> list[Batch]:
-        """Rows `{set, shard, row, pixels uint8 [S, S, 3], error}`, in the order of the shard and its variants.
-
-        A shard that cannot be read raises, or without `refuse` gives one row of an empty picture whose `error` is
-        JSON of the error.
-        """
-        kept = {"set": shard["set"], "shard": shard["shard"]}
-        try:
-            rows = self._read(shard)
-        except RayboothError as error:
-            if self.refuse:
-                raise
-            nothing = np.zeros((shard["image_size"],) * 2 + (3,), np.uint8)
-            return [{**kept, "row": 0, "pixels": nothing, "error": _as_text(error)}]
-        data = Data.model_validate_json(shard["data"])
-        cuts = [cut for png in rows["png"] for cut in crops(png, shard["image_size"], data)]
-        return [{**kept, "row": row, "pixels": pixels, "error": ""} for row, pixels in enumerate(cuts)]
-
-    def _read(self, shard: Batch) -> dict[str, list[Any]]:
-        storage = Storage(self.storage_uri)
-        try:
-            return storage.read_rows(shard["path"], shard["sha256"])
-        except FileNotFoundError as error:
-            raise SystemFailure(
-                f"{storage.full(shard['path'])} is missing",
-                "its manifest names it",
-                "delete its folder; it is made again",
-            ) from error
-        except StorageError as error:
-            raise error.failure() from error
 
 
 class EncodeWorker:
@@ -110,7 +68,7 @@ class DrawWorker:
                 pngs = self._draw(name, version, label, [DrawRequest(**request) for request in asked])
                 rows += [(index, png, "") for index, png in zip(indices, pngs, strict=True)]
             except RayboothError as error:
-                rows += [(index, b"", _as_text(error)) for index in indices]
+                rows += [(index, b"", error_text(error)) for index in indices]
         return {key: [row[i] for row in rows] for i, key in enumerate(("index", "png", "error"))}
 
     def _draw(self, name: str, version: str, label: str, requests: list[DrawRequest]) -> list[bytes]:
@@ -137,7 +95,7 @@ class DrawWorker:
         except (
             Exception
         ) as error:  # a loader may raise anything, and one bad subject does not stop the others
-            self.failed[subject] = _as_text(_about(f"{name} {version}", error))
+            self.failed[subject] = error_text(_about(f"{name} {version}", error))
             raise failure_of(json.loads(self.failed[subject])) from error
         self.worn = subject
 
@@ -150,8 +108,3 @@ def _about(subject: str, error: Exception) -> RayboothError:
         return error
     seen = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     return SystemFailure(f"{subject} cannot be loaded", f"{type(error).__name__}: {seen}", "train it again")
-
-
-def _as_text(error: RayboothError) -> str:
-    """An error as JSON, which `failure_of` reads."""
-    return json.dumps({**error.as_json(), "exit_code": error.exit_code})

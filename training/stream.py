@@ -21,8 +21,10 @@ from cluster.errors import RayboothError, SystemFailure, failure_of
 from cluster.storage import Storage
 from training.latents import ImageSet, latent_path, missing_shards, write_latents
 from training.pipeline import BaseInfo
-from training.resident import DrawWorker, EncodeWorker, ReadImages
+from training.reading import ReadImages
+from training.resident import DrawWorker, EncodeWorker
 
+SHARDS_PER_READER = 16
 Row = dict[str, Any]
 MOST_BLOCKS = 4000  # of one stream: Ray Data keeps each of them in the object store from the start
 _WHO = ("name", "version", "label")  # of a request to draw: what an actor draws alone, one after the other
@@ -243,7 +245,9 @@ def encode(
         return
     with _streaming():
         reader = ReadImages(storage.uri, refuse=on_error is None)
-        pixels = ray.data.from_items(shards, override_num_blocks=len(shards)).flat_map(reader, num_cpus=1)
+        rows_of = ray.data.from_items(shards, override_num_blocks=len(shards))
+        readers = ceil(len(shards) / SHARDS_PER_READER)  # each is a process, which has to start
+        pixels = rows_of.flat_map(reader, num_cpus=1, concurrency=readers)
         rows: list[Row] = []
         for row in _map_actors(pixels, EncodeWorker, _worker_arguments(base, pool), pool, 8).iter_rows():
             if rows and _shard(rows[0]) != _shard(row):  # rows keep their order, so the one before is whole
