@@ -21,6 +21,7 @@ _FINAL = ("published", "failed", "dropped")  # the kinds of events that end a ru
 CHECKPOINT, LEAVE, DROP = "checkpoint", "leave", "drop"  # what can be asked of the workers that train
 # Kinds of failures: what is done about one depends on it.
 MEMORY, GANG_KILLED, BAD_INPUT, SYSTEM = "memory", "gang_killed", "bad_input", "system"
+LOST_NODE = "lost_node"
 NOBODY = -1  # the lease of events that are about the gang
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 
 from cluster.errors import SystemFailure, UserError
 from cluster.storage import Storage
@@ -117,6 +118,11 @@ def run_detached(address: str, name: str, target: str, arguments: Sequence[Any],
             ray.get(actor.ready.remote())
         except ValueError as error:
             raise UserError(f"{name} runs on the cluster already", str(error).splitlines()[0]) from error
+        except RayError as error:
+            seen = str(error).splitlines()[0]
+            raise SystemFailure(
+                f"{name} does not start on the cluster", seen, "see Ray's logs there"
+            ) from error
 
 
 def resolve_address(address: str | None) -> str | None:

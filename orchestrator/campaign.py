@@ -14,10 +14,10 @@ from orchestrator.batch import BatchResult, draw_batch
 from orchestrator.campaign_mirror import CampaignMirror
 from orchestrator.campaign_watch import CampaignWatch
 from orchestrator.claims import Claim
-from orchestrator.controller import Controller
+from orchestrator.controller import Controller, state_of
 from orchestrator.ledger import Ledger
 from orchestrator.manifest import settings_of
-from orchestrator.records import RunRow
+from orchestrator.records import ENDED, RunRow
 from orchestrator.report import write_report
 from orchestrator.signals import Signals, Terminated
 from orchestrator.site import STREAM_CPUS, Site, settled, survey
@@ -125,12 +125,17 @@ class _Journey:
         return outcome
 
     def _go(self, address: str | None, mirror: CampaignMirror) -> str:
-        """Train and draw what is missing; returns the campaign's state."""
-        unfinished = [row.id for row in self.ledger.runs(self.name) if row.finished_at is None]
-        if unfinished:
-            return self._train(unfinished, address, mirror)
-        self._draw(Pool(), lambda: session(address, STREAM_CPUS, self.storage))
-        return self.campaign.state
+        """Train and draw what is missing, also what is queued anew meanwhile; returns the campaign's state."""
+        while unfinished := [row.id for row in self.ledger.runs(self.name) if row.state not in ENDED]:
+            self.campaign = self.ledger.campaign(self.name)
+            if self._train(unfinished, address, mirror) == "stopped":
+                return "stopped"
+        if self.images is None:
+            self._draw(Pool(), lambda: session(address, STREAM_CPUS, self.storage))
+        state = state_of(self.ledger.runs(self.name))
+        if self.ledger.campaign(self.name).state != state:  # it was interrupted while it drew
+            self.ledger.record_campaign(self.claim, state=state, reason=None, finished_at=time.time())
+        return state
 
     def _train(self, runs: Sequence[int], address: str | None, mirror: CampaignMirror) -> str:
         clusters = self._clusters(runs)

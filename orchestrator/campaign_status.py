@@ -54,7 +54,8 @@ def show_one(ledger: Ledger, name: str, watch: bool) -> dict[str, Any]:
             campaign, rows = ledger.campaign(name), ledger.runs(name)
             if shown:
                 shown.show(campaign, rows)
-            if not watch or all(row.state in ENDED for row in rows) or campaign.state == "stopped":
+            over = all(row.state in ENDED for row in rows) or campaign.state == "stopped"
+            if not watch or (over and not ledger.holder(name)):
                 break
             time.sleep(LOOK_S)
     told = reasons(rows, ROWS) if watch else status_view(campaign, rows, console.width, ROWS)
@@ -100,7 +101,8 @@ def print_logs(ledger: Ledger, storage: "Storage", name: str, subject: str | Non
             said[row.id] = len(moments)
         if subject is not None:
             lines = _print_events(storage, rows[0], lines)
-        if not follow or all(row.state in ENDED for row in rows):
+        stopped = ledger.campaign(name).state == "stopped" and not ledger.holder(name)
+        if not follow or stopped or all(row.state in ENDED for row in rows):
             return
         time.sleep(LOOK_S)
 

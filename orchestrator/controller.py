@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from cluster.mailbox import GANG_KILLED, GIVE_UP_AFTER
 from orchestrator.campaign_settings import Budget, Schedule
-from orchestrator.claims import Claim
+from orchestrator.claims import Claim, ClaimLost
 from orchestrator.facts import (
     Began,
     Checked,
@@ -33,8 +33,9 @@ from orchestrator.roster import Outline, Roster
 
 POLL_S = 0.2  # a table feels live at 5 Hz
 RECORD_S = 1.0  # how old the steps on record may be; states are recorded at once
+CANCELLED = {"what": "cancelled", "seen": "", "do": "raybooth campaign retry goes on with it"}
 WISHES_S = 0.5  # until a cancel is heard
-MOST_HELD = 16  # groups that are passed over because only gangs of another kind are free
+MOST_MEASURED = 3  # tries to measure how many runs of a kind train together; then they train alone
 
 
 class Works(Protocol):
@@ -133,7 +134,8 @@ class Controller:
         self.roster = Roster(ledger.runs(campaign.name), schedule.per_tenant)
         self._queue = Queue(schedule.per_tenant)
         self._cancelled: set[int] = set()
-        self._measuring: set[str] = set()
+        self._measuring: dict[str, int] = {}  # by bank key the run that is measured
+        self._failed_to_measure: Counter[str] = Counter()
         self._acts: list[Callable[[], None]] = []
         self._stopping: str | None = None
         self._recorded_at = self._asked_at = 0.0
@@ -148,7 +150,9 @@ class Controller:
         self._ledger.record_campaign(self._claim, state="running", reason=None, finished_at=None)
         for row in self.roster.open():
             self._begin(row)
-        while self.roster.unfinished and (self._stopping is None or self._works.leave()):
+        while self.roster.unfinished and (
+            self._stopping is None or self._works.leave() or self.roster.is_any("publishing")
+        ):
             self._once(POLL_S)
         self._once(0.0)
         return self._finish()
@@ -162,10 +166,13 @@ class Controller:
     # -- one turn ------------------------------------------------------------------------------------------
 
     def _once(self, wait_s: float) -> None:
+        if self._claim.lost:
+            raise ClaimLost(f"another controller has the campaign {self._campaign.name}")
         for fact in self._works.facts(wait_s):
             self._hear(fact)
         self._mind_wishes()
-        self._mind_budget()
+        if self.roster.unfinished:
+            self._mind_budget()
         self._settle()
         if self._stopping is None:
             self._assign()
@@ -180,7 +187,13 @@ class Controller:
         if isinstance(fact, Said):
             self._say(f"{row.name}: {fact.text}")
             return
-        if row.state in ENDED:
+        if isinstance(fact, Measured):
+            self._measuring = {key: run for key, run in self._measuring.items() if run != fact.run}
+            self._say(f"{fact.width} runs such as {row.name} are trained together")
+            self._group()
+            return
+        # what a gang says of a run that is not with it any more means nothing
+        if row.state in ENDED or (row.state != "training" and isinstance(fact, Began | Stepped | Published)):
             return
         change, run = self.roster.change, fact.run
         match fact:
@@ -191,9 +204,6 @@ class Controller:
             case Ready(prior_drawn=drawn):
                 change(run, state="queued", phase="waiting for a gang", prior_drawn=row.prior_drawn + drawn)
                 self.roster.ready(run)
-            case Measured(width=width):
-                self._say(f"{width} runs such as {row.name} are trained together")
-                self._group()
             case Began(step=step):
                 change(run, phase=None, step=step)
             case Stepped(row=said):
@@ -230,23 +240,33 @@ class Controller:
         )
         self.roster.end_lease(run)
         self._cancelled.discard(run)
+        self._not_measured(run)
         if state != "succeeded":
             why = str(reason["what"]) if reason else None
             self._acts.append(partial(self._works.end, run, state, why))
 
+    def _not_measured(self, run: int) -> None:
+        """A run that was measured did not come to its end: another is taken, or in the end all are trained alone."""
+        for key in [key for key, measured in self._measuring.items() if measured == run]:
+            del self._measuring[key]
+            self._failed_to_measure[key] += 1
+            self.roster.ungrouped = True
+
     def _stopped(self, row: RunRow, fact: Stopped) -> None:
+        self._not_measured(row.id)
         if row.id in self._cancelled:
-            self._end(row.id, "cancelled", None)
+            self._end(row.id, "cancelled", CANCELLED)
         else:
             self.roster.change(row.id, state="queued", phase="saved, to be gone on with", gang=None)
             self.roster.end_lease(row.id)
             self._acts.append(partial(self._works.end, row.id, "interrupted", self._stopping))
 
     def _failed(self, row: RunRow, fact: Failed) -> None:
+        self._not_measured(row.id)
         if row.id in self._cancelled:
-            self._end(row.id, "cancelled", None)
+            self._end(row.id, "cancelled", CANCELLED)
             return
-        trained = row.state == "training"
+        trained = row.state in ("training", "publishing")
         # a gang tells of itself only after it was started again some times
         kills = row.kills + (GIVE_UP_AFTER - 1 if fact.kind == GANG_KILLED else 0)
         outline = self.roster.outlines.get(row.id)
@@ -291,7 +311,7 @@ class Controller:
 
     def _width(self, bank_key: str | None) -> int | None:
         wanted = self._schedule.bank
-        if bank_key is None or wanted == 1:
+        if bank_key is None or wanted == 1 or self._failed_to_measure[bank_key] == MOST_MEASURED:
             return 1
         return self._works.width(bank_key) if wanted == "auto" else wanted
 
@@ -302,35 +322,28 @@ class Controller:
         for group in self.roster.settle():
             self._queue.ended(group)
         for group in self.roster.complete():
-            self._queue.push(group)
+            self._queue.push(group, self.roster.kind(group))
 
     def _assign(self) -> None:
         """Give free gangs the groups whose turn it is."""
         self._works.staff(*self.roster.demand())
+        taken: Counter[Any] = Counter()
         for bank_key, run in self.roster.unmeasured(self._width).items():
             kind = self.roster.outlines[run].kind
-            if bank_key not in self._measuring and self._works.free(kind):
-                self._measuring.add(bank_key)
+            if bank_key not in self._measuring and self._works.free(kind) > taken[kind]:
+                taken[kind] += 1
+                self._measuring[bank_key] = run
                 self.roster.note(run, phase="measuring how many train together")
                 self._acts.append(partial(self._works.measure, kind, run))
-        held: list[Group] = []
-        taken: Counter[Any] = Counter()
-        while any(self._works.free(kind) > taken[kind] for kind in self.roster.kinds):
-            if len(held) == MOST_HELD or (group := self._queue.pop()) is None:
-                break
-            slots = self.roster.slots(group)
-            kind = next((self.roster.outlines[run].kind for run in slots if run is not None), None)
-            if kind is None:
-                self._queue.ended(group)
-                self.roster.unqueue(group)
-            elif self._works.free(kind) > taken[kind]:
-                taken[kind] += 1
-                self._lease(group, kind, slots)
-            else:
-                held.append(group)
-        for group in held:
-            self._queue.ended(group)
-            self._queue.push(group)
+        for kind in self.roster.kinds:
+            while self._works.free(kind) > taken[kind] and (group := self._queue.pop(kind)):
+                slots = self.roster.slots(group)
+                if any(run is not None for run in slots):
+                    taken[kind] += 1
+                    self._lease(group, kind, slots)
+                else:
+                    self._queue.ended(group)
+                    self.roster.unqueue(group)
 
     def _lease(self, group: Group, kind: Any, slots: Sequence[int | None]) -> None:
         now = time.time()
@@ -341,7 +354,7 @@ class Controller:
             self.roster.change(
                 run, state="training", phase="starting", attempts=row.attempts + 1, started_at=began
             )
-        self.roster.lease(group)
+        self.roster.lease(group, runs)
 
         def act() -> None:
             name = self._works.train(kind, slots)
@@ -353,32 +366,40 @@ class Controller:
     # -- what people want ----------------------------------------------------------------------------------
 
     def _mind_wishes(self) -> None:
+        """Do what was asked. A cancel stays asked for until its runs have ended: this process may not live so long."""
         now = time.monotonic()
         if now - self._asked_at < WISHES_S:
             return
         self._asked_at = now
-        wishes = self._ledger.wishes(self._claim)
-        for wish in wishes:
+        done: list[int] = []
+        for wish in self._ledger.wishes(self._claim):
+            runs = list(wish.run_ids) if wish.run_ids is not None else [row.id for row in self.roster.rows]
             if wish.wish == "cancel":
-                for run in wish.run_ids if wish.run_ids is not None else list(self.roster.unfinished):
+                for run in runs:
                     self._cancel(run)
             elif wish.wish == "requeue":
                 fresh = {row.id: row for row in self._ledger.runs(self._campaign.name, "queued")}
-                for run in wish.run_ids or []:
+                for run in runs:
                     if run in fresh and self.roster[run].state in ENDED:
                         self.roster.again(fresh[run])
                         self._begin(fresh[run])
-        if wishes:
-            self._ledger.done(self._claim, [wish.id for wish in wishes])
+            if wish.wish != "cancel" or not self.roster.unfinished.intersection(runs):
+                done.append(wish.id)
+        if done:
+            self._record()
+            self._ledger.done(self._claim, done)
 
     def _cancel(self, run: int) -> None:
         state = self.roster[run].state
-        if state == "training":
+        if state in ENDED or run in self._cancelled:
+            return
+        if state in ("training", "publishing"):  # what is published may be on record in a moment
             self._cancelled.add(run)
+        if state == "training":
             self.roster.note(run, phase="cancelling")
             self._acts.append(partial(self._works.drop, run))
-        elif state not in (*ENDED, "publishing"):  # what is published is on record in a moment
-            self._end(run, "cancelled", None)
+        elif state != "publishing":
+            self._end(run, "cancelled", CANCELLED)
 
     def _mind_budget(self) -> None:
         spent, before = self._works.spent, self._campaign
@@ -390,7 +411,7 @@ class Controller:
         for name, (limit, seconds) in limits.items():
             if limit is not None and seconds > limit * 3600 and self._stopping is None:
                 self._say(f"{name} is spent: what trains is saved, and nothing more begins")
-                self.stop(f"{name} = {limit:g} is spent")
+                self.stop(f"{name} of {limit:g} is spent: set more and run the campaign again")
 
     # -- the record ----------------------------------------------------------------------------------------
 
@@ -407,13 +428,18 @@ class Controller:
             self._ledger.record_campaign(self._claim, **{unit: before[unit] + held[unit] for unit in held})
 
     def _finish(self) -> str:
-        states = {row.state for row in self.roster.rows}
-        if self._stopping is not None:
-            state, reason = "stopped", {"what": self._stopping, "seen": "", "do": "raise it, then resume"}
-        elif states <= {"succeeded"}:
-            state, reason = "succeeded", None
+        if self._stopping is not None and self.roster.unfinished:
+            state, do = "stopped", f"go on: raybooth campaign resume {self._campaign.name}"
+            reason: dict[str, str] | None = {"what": self._stopping, "seen": "", "do": do}
         else:
-            state = "cancelled" if states <= {"succeeded", "cancelled"} else "failed"
-            reason = None
+            state, reason = state_of(self.roster.rows), None
         self._ledger.record_campaign(self._claim, state=state, reason=reason, finished_at=time.time())
         return state
+
+
+def state_of(rows: Sequence[RunRow]) -> str:
+    """The state of a campaign of which every run has ended."""
+    states = {row.state for row in rows}
+    if states <= {"succeeded"}:
+        return "succeeded"
+    return "cancelled" if states <= {"succeeded", "cancelled"} else "failed"

@@ -6,13 +6,17 @@ from dataclasses import dataclass, field
 from typing import Any
 from uuid import uuid4
 
-from cluster.mailbox import NOBODY, SYSTEM, Event, MailboxClient, create
+from cluster.errors import SystemFailure
+from cluster.mailbox import LOST_NODE, NOBODY, SYSTEM, Event, MailboxClient, create
 from orchestrator.events import GangThread
 from orchestrator.facts import Began, Fact, Failed, Measured, Published, Said, Stepped, Stopped
 from training.gang import GangShape, run_gang
 from training.lease import Bank, Calibrate, Lease
 
 STOP_S = 10.0  # an idle gang that was told to stop ends within a moment
+PATIENCE_S = 60.0  # for a run to be left or dropped; a gang that cannot even start again never answers
+SPARE_S = 5.0  # without work, until a gang makes room for one of another kind
+STILLBORN = 3  # gangs in a row that end before their workers are there
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,8 @@ class Gang:
     measuring: bool = False
     leaving: bool = False
     """Whether its runs were asked to be saved and left."""
+    answer_by: float | None = None
+    """When what was asked of it must have happened."""
     taken: int = 0
     """Runs it was given."""
     idle_since: float = field(default_factory=time.monotonic)
@@ -73,6 +79,9 @@ class Crew:
         self._name, self._runs_per_gang, self._scratch, self._heard = name, runs_per_gang, scratch, heard
         self._gangs: list[Gang] = []
         self._ended: list[Gang] = []
+        self._told: list[Fact] = []
+        self._stillborn = 0
+        self._not_before = 0.0
         self._spent = dict.fromkeys(("worker", "cpu", "gpu"), 0.0)
 
     # -- who is there --------------------------------------------------------------------------------------
@@ -81,17 +90,20 @@ class Crew:
         """Gangs that can be given a lease now."""
         return [gang for gang in self._gangs if gang.kind == kind and gang.idle]
 
-    def want(self, wanted: Mapping[Kind, int]) -> None:
+    def want(self, wanted: Mapping[Kind, int], active: Mapping[Kind, int]) -> None:
         """Have as many gangs of each kind as there is work for, as far as the limit goes.
 
-        Those that wait for room in the cluster count: its autoscaler sees them.
+        Those that wait for room in the cluster count: its autoscaler sees them. A gang of another kind that has nothing
+        to do at the moment makes room for one that has.
         """
+        now = time.monotonic()
         for kind, work in wanted.items():
             there = sum(gang.kind == kind for gang in self._gangs)
-            while there < work:
+            while there < work and now >= self._not_before:
                 if len(self._gangs) >= self.limit:
-                    other = next((g for g in self._gangs if g.idle and not wanted.get(g.kind)), None)
-                    if other is None:
+                    spare = (gang for gang in self._gangs if gang.idle and not active.get(gang.kind))
+                    other = next((gang for gang in spare if now - gang.idle_since > SPARE_S), None)
+                    if other is None or not active.get(kind):
                         break
                     self._retire(other)
                 self._start(kind)
@@ -119,7 +131,7 @@ class Crew:
 
     def lease(self, gang: Gang, slots: Sequence[tuple[int, Lease] | None]) -> None:
         """Give an idle gang its next runs: by slot the run and its lease; one slot is a run alone."""
-        gang.runs = {slot: of[0] for slot, of in enumerate(slots) if of}
+        gang.runs, gang.measuring = {slot: of[0] for slot, of in enumerate(slots) if of}, False
         leases = tuple(of[1] if of else None for of in slots)
         gang.taken += len(gang.runs)
         gang.lease = gang.mailbox.post(Bank(leases) if len(leases) > 1 else leases[0], list(gang.runs))
@@ -135,25 +147,42 @@ class Crew:
             for slot, found in gang.runs.items():
                 if found == run:
                     gang.mailbox.drop(gang.lease, slot)
+                    gang.answer_by = gang.answer_by or time.monotonic() + PATIENCE_S
+
+    def forget(self, run: int) -> None:
+        """Nothing is wanted of a run any more, and nothing more is told of it, should it still train."""
+        for gang in self._gangs:
+            for slot in [slot for slot, found in gang.runs.items() if found == run]:
+                del gang.runs[slot]
+                gang.mailbox.drop(gang.lease, slot)
 
     def leave(self) -> bool:
         """Have every run that trains saved and left; `False` when none does."""
         for gang in self._gangs:
             if gang.runs and not gang.leaving:
-                gang.leaving = True
+                gang.leaving, gang.answer_by = True, time.monotonic() + PATIENCE_S
                 if not gang.mailbox.retire():  # it has not begun: nothing is lost
+                    self._told += [Stopped(run, kept=True) for run in gang.runs.values()]
                     gang.runs.clear()
-        return any(gang.runs for gang in self._gangs)
+        return bool(self._told) or any(gang.runs for gang in self._gangs)
 
     def listen(self) -> list[Fact]:
-        """What happened since the last call."""
-        facts: list[Fact] = []
+        """What happened since the last call.
+
+        Raises:
+            SystemFailure: One gang after the other ends before its workers are there.
+        """
+        facts, self._told = self._told, []
         for gang in list(self._gangs):
             alive = gang.thread.is_alive()
             events = gang.mailbox.drain()
             facts += self._take(gang, events)
+            if not gang.runs:
+                gang.answer_by = None
             if not alive:
                 facts += self._dead(gang)
+            elif gang.answer_by is not None and time.monotonic() > gang.answer_by:
+                facts += self._lost(gang)
             elif not gang.runs and gang.taken >= self._runs_per_gang and gang.awake:
                 self._retire(gang)
         self._ended = [gang for gang in self._ended if not self._gone(gang)]
@@ -202,6 +231,23 @@ class Crew:
         text = "the gang ended before the run did"
         lost: list[Fact] = [
             Stopped(run, kept=True) if gang.leaving else Failed(run, SYSTEM, text, seen)
+            for run in gang.runs.values()
+        ]
+        gang.mailbox.close()
+        self._count(gang)
+        self._stillborn = 0 if gang.awake else self._stillborn + 1
+        self._not_before = time.monotonic() + SPARE_S * self._stillborn
+        if self._stillborn == STILLBORN:
+            raise SystemFailure(
+                "no gang comes up", seen, "see that its workers can start on the cluster's nodes"
+            )
+        return lost
+
+    def _lost(self, gang: Gang) -> list[Fact]:
+        """A gang that does not answer, as when it waits for a node that is gone: its runs go on elsewhere."""
+        text = "the gang does not answer"
+        lost: list[Fact] = [
+            Stopped(run, kept=True) if gang.leaving else Failed(run, LOST_NODE, text)
             for run in gang.runs.values()
         ]
         gang.mailbox.close()

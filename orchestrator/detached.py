@@ -11,6 +11,7 @@ from cluster.session import resolve_address, run_detached
 from cluster.storage import Storage
 
 STARTING_S = 60.0  # for a background process to take the campaign, on a busy machine
+LAST_WORD_S = 45.0  # a controller that was not heard of for 30 s has its campaign no more
 
 
 def detach(campaign: str, ledger: str, storage: Storage, address: str | None) -> str:
@@ -53,6 +54,9 @@ def control(campaign: str, ledger: str, storage: str) -> None:
     from orchestrator.ledger import Ledger
 
     with Ledger(ledger) as record, CampaignWatch() as watch:
+        until = time.monotonic() + LAST_WORD_S
+        while record.holder(campaign) and time.monotonic() < until:
+            time.sleep(1)  # the controller before this one was lost with its node, and is not known to be
         run_campaign(campaign, record, Storage(storage), "auto", watch)
 
 
@@ -72,7 +76,7 @@ def _in_background(campaign: str, ledger: str, storage: Storage) -> str:
             env={**os.environ, "RAYBOOTH_LEDGER": ledger},  # not an argument: it may hold a password
         )
     until = time.monotonic() + STARTING_S
-    while time.monotonic() < until and not _has_begun(campaign, ledger):
+    while time.monotonic() < until and not _has_begun(campaign, ledger, process.pid):
         if process.poll() is not None:
             if process.returncode in (0, 3):
                 break
@@ -84,8 +88,8 @@ def _in_background(campaign: str, ledger: str, storage: Storage) -> str:
     return f"process {process.pid} on this machine, log {log}"
 
 
-def _has_begun(campaign: str, ledger: str) -> bool:
+def _has_begun(campaign: str, ledger: str, pid: int) -> bool:
     from orchestrator.ledger import Ledger
 
     with Ledger(ledger) as record:
-        return record.holder(campaign) is not None
+        return f"process {pid} " in f"{record.holder(campaign)} "

@@ -1,6 +1,6 @@
 """This file is where it is decided which runs train together and which go first. No clock, no cluster, no record."""
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
 from itertools import groupby
@@ -117,23 +117,28 @@ def _group(number: int, members: Sequence[Facts], width: int) -> Group:
 class Queue:
     """Groups that are ready to be trained, and whose turn it is.
 
-    A higher priority goes first; within one, tenants take turns; of a tenant's, the one with the fewest steps goes
-    first, then the one listed first. A tenant that has as many runs training as it may waits; were one of its smaller
-    groups let past the one whose turn it is, that one could wait for ever.
+    They wait in lanes, one for each kind of gang. In a lane a higher priority goes first; within one, tenants take
+    turns; of a tenant's, the one with the fewest steps goes first, then the one listed first. A tenant that has as many
+    runs training as it may waits; were one of its smaller groups let past the one whose turn it is, that one could wait
+    for ever.
 
     Args:
-        per_tenant: As many runs of a tenant train at a time; `None` means no limit. A tenant of whom nothing trains
-            may always have one group, whatever its width.
+        per_tenant: As many runs of a tenant train at a time, in all lanes together; `None` means no limit. A tenant of
+            whom nothing trains may always have one group, whatever its width.
     """
 
     def __init__(self, per_tenant: int | None = None) -> None:
         self._per_tenant = per_tenant
-        self._waiting: dict[str, list[tuple[int, int, int, int]]] = {}  # a heap a tenant
-        self._groups: dict[int, Group] = {}
+        self._waiting: dict[
+            tuple[Hashable, str], list[tuple[int, int, int, int]]
+        ] = {}  # a heap a lane and tenant
+        self._groups: dict[int, tuple[Group, Hashable]] = {}
         self._training: dict[str, int] = {}
         self._served: dict[str, int] = {}  # the turn at which a tenant had one last
         self._turn = 0
-        self._next: list[tuple[int, int, int, int, str]] = []  # a heap of tenants; entries may be out of date
+        self._next: dict[
+            Hashable, list[tuple[int, int, int, int, str]]
+        ] = {}  # heaps; entries may be out of date
 
     def __len__(self) -> int:
         return len(self._groups)
@@ -141,56 +146,63 @@ class Queue:
     def __contains__(self, number: int) -> bool:
         return number in self._groups
 
-    def push(self, group: Group) -> None:
+    def push(self, group: Group, lane: Hashable = None) -> None:
         """Have a group wait for its turn."""
         if group.number in self._groups:
             raise ValueError(f"group {group.number} waits already")
-        self._groups[group.number] = group
+        self._groups[group.number] = group, lane
         rank = (-group.priority, group.steps, group.position, group.number)
-        heappush(self._waiting.setdefault(group.tenant, []), rank)
-        self._enter(group.tenant)
+        heappush(self._waiting.setdefault((lane, group.tenant), []), rank)
+        self._enter(lane, group.tenant)
 
-    def pop(self) -> Group | None:
+    def pop(self, lane: Hashable = None) -> Group | None:
         """The group whose turn it is, which counts as training until it has `ended`; `None` when none may train."""
-        while self._next:
-            entry = heappop(self._next)
+        entries = self._next.get(lane)
+        while entries:
+            entry = heappop(entries)
             tenant = entry[-1]
-            if entry != self._entry(tenant):
+            if entry != self._entry(lane, tenant):
                 continue
-            group = self._groups.pop(heappop(self._waiting[tenant])[-1])
+            group, _ = self._groups.pop(heappop(self._waiting[lane, tenant])[-1])
             self._training[tenant] = self._training.get(tenant, 0) + len(group.run_ids)
             self._turn += 1
             self._served[tenant] = self._turn
-            self._enter(tenant)
+            self._enter_all(tenant)
             return group
         return None
 
     def ended(self, group: Group) -> None:
         """A group that was popped trains no longer."""
         self._training[group.tenant] -= len(group.run_ids)
-        self._enter(group.tenant)
+        self._enter_all(group.tenant)
 
     def discard(self, number: int) -> None:
         """A waiting group is no longer wanted."""
-        group = self._groups.pop(number, None)
+        group, lane = self._groups.pop(number, (None, None))
         if group:
-            self._enter(group.tenant)
+            self._enter(lane, group.tenant)
 
-    def _enter(self, tenant: str) -> None:
-        entry = self._entry(tenant)
+    def _enter_all(self, tenant: str) -> None:
+        for lane in self._next:
+            self._enter(lane, tenant)
+
+    def _enter(self, lane: Hashable, tenant: str) -> None:
+        entries = self._next.setdefault(lane, [])
+        entry = self._entry(lane, tenant)
         if entry:
-            heappush(self._next, entry)
+            heappush(entries, entry)
 
-    def _entry(self, tenant: str) -> tuple[int, int, int, int, str] | None:
-        """The tenant's place among all tenants; `None` when it has nothing to train or must wait."""
-        waiting = self._waiting.get(tenant)
+    def _entry(self, lane: Hashable, tenant: str) -> tuple[int, int, int, int, str] | None:
+        """The tenant's place in a lane; `None` when it has nothing to train there or must wait."""
+        waiting = self._waiting.get((lane, tenant))
         while waiting and waiting[0][-1] not in self._groups:
             heappop(waiting)
         if not waiting:
             return None
         priority, steps, position, number = waiting[0]
         training = self._training.get(tenant, 0)
-        if self._per_tenant and training and training + len(self._groups[number].run_ids) > self._per_tenant:
+        wanted = len(self._groups[number][0].run_ids)
+        if self._per_tenant and training and training + wanted > self._per_tenant:
             return None
         return priority, self._served.get(tenant, 0), steps, position, tenant
 

@@ -48,6 +48,7 @@ class Roster:
         self._changes: dict[int, dict[str, Any]] = {}
         self._ready: set[int] = set()
         self._training: dict[int, set[int]] = {}  # by group, the runs that its gang has not ended
+        self._leased: dict[int, Group] = {}  # as they were when they were leased
         self._ended_leases: list[int] = []
         self._queued: set[int] = set()
         self._touched: set[int] = set()
@@ -141,8 +142,13 @@ class Roster:
         found: dict[str, int] = {}
         for run in sorted(self._ready):
             key = self.outlines[run].bank_key
-            if self._rows[run].group_no is None and key is not None and width_of(key) is None:
-                found.setdefault(key, run)
+            if (
+                self._rows[run].group_no is None
+                and key is not None
+                and key not in found
+                and width_of(key) is None
+            ):
+                found[key] = run
         return found
 
     def priors_missing(self) -> set[str]:
@@ -156,12 +162,26 @@ class Roster:
         for number in {*self._queued, *self._training}:
             active[self._kinds[number]] += 1
         live = Counter(self._live)
-        for run in self.unfinished:
-            if self._rows[run].group_no is None and run in self.outlines:
-                live[self.outlines[run].kind] += 1
-                active[self.outlines[run].kind] += run in self._ready
-                break  # one is enough to have a gang that measures
+        for run in self._ungrouped_first():
+            live[self.outlines[run].kind] += 1
+            active[self.outlines[run].kind] += run in self._ready
         return live, active
+
+    def _ungrouped_first(self) -> list[int]:
+        """A run that is in no group, a ready one if there is any: one is enough to have a gang that measures."""
+        for runs in (self._ready, self.unfinished):
+            for run in runs:
+                if run in self.unfinished and self._rows[run].group_no is None and run in self.outlines:
+                    return [run]
+        return []
+
+    def kind(self, group: Group) -> Any:
+        """The kind of gang that a group needs."""
+        return self._kinds[group.number]
+
+    def is_any(self, state: str) -> bool:
+        """Whether any run is in a state."""
+        return any(self._rows[run].state == state for run in self.unfinished)
 
     # -- who is ready, who trains --------------------------------------------------------------------------
 
@@ -184,19 +204,23 @@ class Roster:
             runs = [run for run in group.run_ids if run in self.unfinished]
             if not runs:
                 self._remove(number)
-            elif all(run in self._ready and self._rows[run].state == "queued" for run in runs):
+            elif all(map(self._can_train, runs)):
                 self._queued.add(number)
                 yield group
 
     def slots(self, group: Group) -> list[int | None]:
-        """The runs of a group by slot; one that has ended leaves its slot empty."""
-        runs = [run if run in self.unfinished else None for run in self.groups[group.number].run_ids]
+        """The runs of a group by slot; one that has ended, or is not ready, leaves its slot empty."""
+        runs = [run if self._can_train(run) else None for run in self.groups[group.number].run_ids]
         return [*runs, *[None] * (group.width - len(runs))]
 
-    def lease(self, group: Group) -> None:
-        """A group is with a gang."""
+    def _can_train(self, run: int) -> bool:
+        return run in self.unfinished and run in self._ready and self._rows[run].state == "queued"
+
+    def lease(self, group: Group, runs: Sequence[int]) -> None:
+        """Runs of a group are with a gang."""
         self._queued.discard(group.number)
-        self._training[group.number] = {run for run in self.slots(group) if run is not None}
+        self._training[group.number] = set(runs)
+        self._leased[group.number] = group
 
     def unqueue(self, group: Group) -> None:
         """A group that was ready has no run left."""
@@ -223,7 +247,7 @@ class Roster:
             training.discard(run)
             if not training:
                 del self._training[number]
-                ended.append(self.groups[number])
+                ended.append(self._leased.pop(number))
                 self._touched.add(number)
         self._ended_leases = []
         moved, self._regroup = self._regroup, {}

@@ -51,7 +51,8 @@ def survey(clusters: Iterable[Cluster], schedule: Schedule, address: str | None)
     gangs = fitting if schedule.gangs == "auto" else schedule.gangs
     room = Room(None, None) if joined else Room.here(device)
     each = Room(room.cpu // gangs if room.cpu is not None else None, room.gpu)
-    return Site(joined, gangs, device, each, gangs * largest + STREAM_CPUS)
+    cpus = max(gangs * largest, cores) if device == "cuda" else gangs * largest  # GPUs are counted by Ray
+    return Site(joined, gangs, device, each, cpus + STREAM_CPUS)
 
 
 def settled(site: Site, clusters: Iterable[Cluster], schedule: Schedule) -> Site:

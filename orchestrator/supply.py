@@ -116,14 +116,23 @@ class Supply:
         """A run is not wanted any more. What others need too is still made."""
         with self._changed:
             self._checking.discard(run)
-            self._runs.pop(run, None)
-            for need in [need for need, runs in self._waiting.items() if run in runs]:
+            known = self._runs.pop(run, None)
+            if known is None:
+                return
+            for need in known.missing:
                 self._waiting[need].remove(run)
                 if not self._waiting[need]:
                     del self._waiting[need]
                     self._to_encode.pop(need, None)
-            for key in [key for key, prior in self._to_draw.items() if prior.runs == [run]]:
-                del self._to_draw[key]
+            self._undraw(run)
+
+    def _undraw(self, run: int) -> None:
+        """A run needs no prior set any more; one that nobody needs is not drawn."""
+        for key, prior in list(self._to_draw.items()):
+            if run in prior.runs:
+                prior.runs.remove(run)
+                if not prior.runs:
+                    del self._to_draw[key]
 
     def close(self) -> None:
         """Begin nothing more. What is under way ends with Ray's session."""
@@ -157,7 +166,7 @@ class Supply:
         self._tell(Checked(run, found.goal.version, prepared.fingerprint, key, tuple(prepared.notes)))
         drawn = key is not None and prior_count(self._storage, key) >= wanted
         with self._changed:
-            if run not in self._checking:  # forgotten meanwhile
+            if run not in self._checking or run in self._runs:  # forgotten meanwhile, or checked twice
                 return
             self._runs[run] = found
             found.missing.add(need)
@@ -182,7 +191,13 @@ class Supply:
 
     def _lasting(self, line: Callable[[], None]) -> None:
         while not self._closed:
-            line()
+            try:
+                line()
+            except Exception as error:  # a defect of ours: without this thread the runs would wait for ever
+                with self._changed:
+                    needs = list(self._waiting)
+                for need in needs:
+                    self._failed(need, error)
 
     def _gathered(self, number: int) -> bool:
         """Whether a pipeline is worth its start: nothing more is coming, or there is enough for one."""
@@ -279,11 +294,11 @@ class Supply:
             self._to_encode.pop(need, None)
             runs = self._waiting.get(need, [])[:]
             for run in runs:
-                for other in self._runs[run].missing:
+                for other in self._runs.pop(run).missing:
                     self._waiting[other].remove(run)
                     if not self._waiting[other]:
                         del self._waiting[other]
-                self._runs.pop(run)
+                self._undraw(run)
         for run in runs:
             known = error if isinstance(error, RayboothError) else None
             self._tell(Failed.of(run, known or error))

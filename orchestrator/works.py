@@ -4,7 +4,7 @@ import json
 import queue
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 from cluster.errors import UserError
 from cluster.mailbox import SYSTEM, Event
 from cluster.objects import StorageError
+from cluster.session import check_fits
 from cluster.storage import Storage
 from orchestrator.campaign_mirror import CampaignMirror
 from orchestrator.campaign_settings import Schedule
@@ -81,6 +82,7 @@ class CampaignWorks:
         self._bases: dict[tuple[str, str | None], BaseInfo] = {}
         self._widths: dict[str, int | None] = {}
         self._keys: dict[int, str | None] = {}
+        self._ending: dict[int, Future[None]] = {}
         self._class_latents: dict[tuple[str, int], list[Any]] = {}
 
     # -- making ready --------------------------------------------------------------------------------------
@@ -98,12 +100,16 @@ class CampaignWorks:
         can = {Size.CHECKPOINTING} if not spec.engine.gradient_checkpointing else set[Size]()
         if spec.train.accumulation * spec.cluster.workers < spec.train.pairs_per_step:
             can.add(Size.ACCUMULATING)
-        return Outline(Kind(base.revision, self._site.shape(spec.cluster)), key, prior, frozenset(can))
+        shape = self._site.shape(spec.cluster)
+        fewest = shape.min_workers or shape.workers
+        check_fits(fewest, shape.cpus_per_worker, shape.gpus_per_worker, fixed=not self._site.joined)
+        return Outline(Kind(base.revision, shape), key, prior, frozenset(can))
 
     def width(self, bank_key: str) -> int | None:
-        if self._widths.get(bank_key) is None:
-            self._widths[bank_key] = calibrated_width(self._storage, bank_key)
-        return self._widths[bank_key]
+        if bank_key not in self._widths:
+            with suppress(StorageError):  # then it is measured again
+                self._widths[bank_key] = calibrated_width(self._storage, bank_key)
+        return self._widths.setdefault(bank_key, None)
 
     def check(self, run: int, size: Size) -> None:
         self._supply.check(run, lambda: self._run(run, size))
@@ -120,7 +126,7 @@ class CampaignWorks:
         # On the CPUs of a machine of our own there is room for gangs and encoders. GPUs and clusters have their limits,
         # and one might wait for the other.
         tight = self._site.joined or self._site.device == "cuda"
-        self._crew.want(active if tight else live)
+        self._crew.want(active if tight else live, active)
         if tight and self._supply.busy:
             self._crew.rest(IDLE_S)
 
@@ -174,7 +180,8 @@ class CampaignWorks:
         prepared = self._supply[run].prepared
         lock = ExitStack()
         name = prepared.name
-        self._desk(run).submit(lambda: None).result()  # an attempt before this one may still be written down
+        if ending := self._ending.pop(run, None):  # an attempt before this one may still be written down
+            ending.result()
         lock.enter_context(self._storage.lock_or_refuse(f"locks/train-{name}", one_at_a_time(name)))
         try:
             # again, as another process may have trained the subject meanwhile
@@ -198,7 +205,9 @@ class CampaignWorks:
     # -- writing down --------------------------------------------------------------------------------------
 
     def publish(self, run: int, metrics: Mapping[str, float]) -> None:
-        opened = self._open.pop(run)
+        opened = self._open.pop(run, None)
+        if opened is None:  # it failed in the meantime
+            return
         record = opened.record
         key = record.prepared.prior_key(self._site.device)
 
@@ -209,6 +218,7 @@ class CampaignWorks:
             artifact = self._storage.full(record.artifact)
             self._inbox.put(Registered(run, record.version, artifact, metrics, record.mlflow_run_id))
 
+        self._supply.forget(run)
         self._later(run, act)
 
     def end(self, run: int, state: str, reason: str | None) -> None:
@@ -224,8 +234,9 @@ class CampaignWorks:
                 if tracker:
                     tracker.finish(state, reason)
 
+        self._crew.forget(run)
         self._supply.forget(run)
-        self._later(run, act)
+        self._ending[run] = self._later(run, act)
 
     def facts(self, wait_s: float) -> list[Fact]:
         found = self._crew.listen()
@@ -238,7 +249,8 @@ class CampaignWorks:
             if isinstance(fact, Measured) and (key := self._keys.get(fact.run)):
                 self._widths[key] = fact.width
                 told = {"width": fact.width, "bank_key": key, "figures": dict(fact.figures)}
-                self._storage.write(calibration_path(key), json.dumps(told, indent=2).encode())
+                with suppress(StorageError):  # then it is measured again the next time
+                    self._storage.write(calibration_path(key), json.dumps(told, indent=2).encode())
         return found
 
     def close(self) -> None:
@@ -252,7 +264,10 @@ class CampaignWorks:
 
     def _heard(self, run: int, events: Sequence[Event]) -> None:
         """Have a gang's words written down; those that come while a desk is busy go together."""
-        record = self._open[run].record
+        opened = self._open.get(run)
+        if opened is None:
+            return
+        record = opened.record
         with self._said_lock:
             waiting = self._said.setdefault(run, [])
             waiting += events
@@ -266,7 +281,7 @@ class CampaignWorks:
 
         self._later(run, act)
 
-    def _later(self, run: int, act: Callable[[], None]) -> None:
+    def _later(self, run: int, act: Callable[[], None]) -> Future[None]:
         """Do something about a run after everything that was to be done about it before."""
 
         def guarded() -> None:
@@ -278,7 +293,7 @@ class CampaignWorks:
                 kind = failed.kind if isinstance(known, UserError) else SYSTEM
                 self._inbox.put(Failed(run, kind, failed.what, failed.seen, failed.do))
 
-        self._desk(run).submit(guarded)
+        return self._desk(run).submit(guarded)
 
     def _desk(self, run: int) -> ThreadPoolExecutor:
         return self._desks[run % DESKS]

@@ -238,3 +238,77 @@ def test_a_tenant_never_trains_more_than_its_share(ledger: Ledger) -> None:
 
     run(ledger, works, {"per_tenant": 1}, look=look)
     assert max(most) == 1 and len(works.leases) == 6
+
+
+def test_runs_of_two_keys_and_one_gang_are_measured_and_trained_in_turn(ledger: Ledger) -> None:
+    ids = enroll(ledger, [f"s{i}" for i in range(4)])
+    outlines = {run: Outline("cpu", f"key{number % 2}", None) for number, run in enumerate(ids.values())}
+    works = IdleWorks(outlines=outlines.__getitem__)
+    assert run(ledger, works, {"bank": "auto"})[0] == "succeeded"
+    assert [len(lease) for lease in works.leases] == [2, 2]
+
+
+def test_what_cannot_be_measured_is_trained_alone(ledger: Ledger) -> None:
+    enroll(ledger, [f"s{i}" for i in range(3)])
+
+    class Broken(IdleWorks):
+        def measure(self, kind: object, run: int) -> None:
+            self.leases.append(())
+            self._facts.append(Failed(run, SYSTEM, "no room to measure in"))
+
+    works = Broken(outlines=banked)
+    state, _ = run(ledger, works, {"bank": "auto", "attempts": 5})
+    assert state == "succeeded" and [len(lease) for lease in works.leases] == [0, 0, 0, 1, 1, 1]
+
+
+def test_cancelling_the_run_that_is_measured_does_not_keep_the_others(ledger: Ledger) -> None:
+    ids = enroll(ledger, [f"s{i}" for i in range(3)])
+    asked: list[int] = []
+
+    class Slow(IdleWorks):
+        def measure(self, kind: object, run: int) -> None:
+            asked.append(run)
+            if len(asked) == 1:
+                ledger.ask(NAME, "cancel", [next(name for name, of in ids.items() if of == run)])
+            else:
+                super().measure(kind, run)
+
+    _, rows = run(ledger, Slow(outlines=banked), {"bank": "auto"})
+    assert sorted(row.state for row in rows.values()) == ["cancelled", "succeeded", "succeeded"]
+
+
+def test_a_gang_of_one_kind_is_not_kept_waiting_by_groups_of_another(ledger: Ledger) -> None:
+    ids = enroll(ledger, [f"s{i}" for i in range(20)])
+    kinds = {run: Outline("a" if number else "b", None, None) for number, run in enumerate(ids.values())}
+
+    class OneKind(IdleWorks):
+        """Only gangs of kind b at first."""
+
+        def free(self, kind: object) -> int:
+            return super().free(kind) if kind == "b" or self.leases else 0
+
+    works = OneKind(outlines=kinds.__getitem__)
+    assert run(ledger, works, {"per_tenant": 1})[0] == "succeeded"
+    assert works.leases[0] == (ids["s0"],)
+
+
+def test_a_campaign_cancelled_by_a_controller_that_was_killed_stays_cancelled(ledger: Ledger) -> None:
+    ids = enroll(ledger, ["ada", "bob"])
+
+    class Killed(Exception):
+        pass
+
+    class Deaf(IdleWorks):
+        def drop(self, run: int) -> None:
+            raise Killed
+
+    first = Deaf(gangs=2, holds=list(ids.values()))
+
+    def cancel(controller: Controller) -> None:
+        if first.leases and not ledger.wishes(controller._claim):
+            ledger.ask(NAME, "cancel")
+
+    with pytest.raises(Killed):
+        run(ledger, first, look=cancel)
+    works = IdleWorks()
+    assert run(ledger, works)[0] == "cancelled" and works.leases == []
