@@ -35,7 +35,7 @@ def test_a_private_ray_has_the_cpus_that_were_asked_for_and_carries_letters(stor
         for step in range(100):
             gang.report(0, 0, "steps", [{"step": step}])
         gang.report(0, 0, "published", {"version": "v1"})
-        assert [e.payload.get("step", "end") for e in box.drain()] == [*range(100), "end"]
+        assert [e.payload.get("step", "end") for e in box.drain() if e.lease == 0] == [*range(100), "end"]
         box.stop()
         assert gang.take(1) is None
         box.close()

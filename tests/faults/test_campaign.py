@@ -20,7 +20,7 @@ from pocket.subject import subject_photos
 pytestmark = [pytest.mark.slow, pytest.mark.faults, pytest.mark.timeout(3600)]
 PATIENCE_S = 900  # for one start on a machine that is busy elsewhere
 GOOD = ("ada", "bob", "cat", "dot")
-STEPS = 120
+STEPS = 60
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Night:
     """A campaign in a storage root of its own, and the command that runs it."""
 
-    def __init__(self, root: str, photos: Path, base: Path, folder: Path) -> None:
+    def __init__(self, root: str, photos: Path, base: Path, folder: Path, runs_per_gang: int = 50) -> None:
         self.root, self.folder = root, folder
         subjects = [{"name": name, "images": str(photos / name)} for name in (*GOOD, "broken", "empty")]
         for subject in subjects[2:4]:
@@ -60,7 +60,7 @@ class Night:
                 "validate": {"every": 0},
             },
             "subjects": subjects,
-            "schedule": {"bank": 2, "gangs": 1},
+            "schedule": {"bank": 2, "gangs": 1, "runs_per_gang": runs_per_gang},
             "prompts": ["a photo of {subject}"],
             "images": {"num_images": 1, "steps": 3},
         }
@@ -126,7 +126,7 @@ def wait(until: Callable[[], bool], process: subprocess.Popen[str]) -> None:
 def test_a_campaign_in_an_object_store_whose_driver_and_worker_are_killed_ends_as_a_calm_one_on_a_disk(
     tmp_path: Path, photos: Path, tiny_base: Path, bucket: str, tell: Any, workers: Callable[..., list[int]]
 ) -> None:
-    calm = Night(str(tmp_path / "calm"), photos, tiny_base, tmp_path / "calm-out")
+    calm = Night(str(tmp_path / "calm"), photos, tiny_base, tmp_path / "calm-out", runs_per_gang=2)
     code, answer = calm.run()
     expected = dict.fromkeys(GOOD, "succeeded") | {"broken": "failed", "empty": "failed"}
     assert (code, answer["state"], states(answer)) == (3, "failed", expected)
@@ -151,7 +151,7 @@ def test_a_campaign_in_an_object_store_whose_driver_and_worker_are_killed_ends_a
     process.communicate()
 
     process = hurt.start("resume", "night")
-    wait(lambda: saved("ada", 60) or saved("cat", 60), process)
+    wait(lambda: saved("ada", 40) or saved("cat", 40), process)
     [worker] = workers(process.pid)
     os.kill(worker, signal.SIGKILL)
     wait(lambda: storage.manifest("artifacts/ada/v1") is not None, process)

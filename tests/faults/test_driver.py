@@ -19,7 +19,7 @@ from safetensors.numpy import load_file
 from pocket.subject import write_photos
 
 pytestmark = [pytest.mark.slow, pytest.mark.faults, pytest.mark.timeout(3600)]
-STEPS = 400
+STEPS = 240
 PATIENCE_S = 900  # for one start on a machine that is busy elsewhere; a free one takes 20 s
 QUICK = [
     *("--set", "prior.num_images=4", "--set", "prior.steps=4", "--set", "validate.every=0"),
