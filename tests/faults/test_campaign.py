@@ -21,6 +21,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.faults, pytest.mark.timeout(3600)]
 PATIENCE_S = 900  # for one start on a machine that is busy elsewhere
 GOOD = ("ada", "bob", "cat", "dot")
 STEPS = 60
+LONG = {"steps": 100_000, "lora": {"rank": 2}}
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +50,8 @@ class Night:
         subjects = [{"name": name, "images": str(photos / name)} for name in (*GOOD, "broken", "empty")]
         for subject in subjects[2:4]:
             subject["class"] = "cat"
+        # trained alone, after the others, for longer than anybody waits
+        subjects.append({"name": "eve", "images": str(photos / "ada"), "priority": -1, "train": LONG})
         described = {
             "name": "night",
             "defaults": {
@@ -61,7 +64,7 @@ class Night:
             },
             "subjects": subjects,
             "schedule": {"bank": 2, "gangs": 1, "runs_per_gang": runs_per_gang},
-            "prompts": ["a photo of {subject}"],
+            "prompts": ["a photo of {subject} in the snow"],
             "images": {"num_images": 1, "steps": 3},
         }
         folder.mkdir(exist_ok=True)
@@ -126,9 +129,14 @@ def wait(until: Callable[[], bool], process: subprocess.Popen[str]) -> None:
 def test_a_campaign_in_an_object_store_whose_driver_and_worker_are_killed_ends_as_a_calm_one_on_a_disk(
     tmp_path: Path, photos: Path, tiny_base: Path, bucket: str, tell: Any, workers: Callable[..., list[int]]
 ) -> None:
+    """Eight subjects: four good ones, a damaged photo, no photo, a long run that is cancelled."""
     calm = Night(str(tmp_path / "calm"), photos, tiny_base, tmp_path / "calm-out", runs_per_gang=2)
-    code, answer = calm.run()
-    expected = dict.fromkeys(GOOD, "succeeded") | {"broken": "failed", "empty": "failed"}
+    process = calm.start("run", str(calm.manifest))
+    on_record = Path(calm.root) / "campaigns.db"
+    wait(lambda: on_record.exists() and (tmp_path / "calm" / "runs").exists(), process)
+    assert calm.finish(calm.start("cancel", "night", "eve"))[1]["cancelled"] == ["eve"]
+    code, answer = calm.finish(process)
+    expected = dict.fromkeys(GOOD, "succeeded") | {"broken": "failed", "empty": "failed", "eve": "cancelled"}
     assert (code, answer["state"], states(answer)) == (3, "failed", expected)
     reasons = {s["name"]: s["reason"] for s in answer["subjects"] if s["reason"]}
     assert "torn.jpg is damaged" in reasons["broken"]["what"] and "no photos" in reasons["empty"]["what"]
@@ -144,69 +152,48 @@ def test_a_campaign_in_an_object_store_whose_driver_and_worker_are_killed_ends_a
     def saved(name: str, step: int) -> bool:
         return storage.exists(f"runs/{name}/v1/checkpoints/step_{step:06d}/manifest.json")
 
-    process = hurt.start("run", str(hurt.manifest))
-    wait(lambda: saved("ada", 20) or saved("cat", 20), process)
-    time.sleep(seed.random())
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-
-    process = hurt.start("resume", "night")
-    wait(lambda: saved("ada", 40) or saved("cat", 40), process)
-    [worker] = workers(process.pid)
-    os.kill(worker, signal.SIGKILL)
-    wait(lambda: storage.manifest("artifacts/ada/v1") is not None, process)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-
+    code, answer = hurt.finish(hurt.start("run", str(hurt.manifest), "--detach"))
+    pid = int(answer["controller"].split()[1])
+    try:
+        deadline = time.monotonic() + PATIENCE_S
+        while not (saved("ada", 20) or saved("cat", 20)):
+            assert time.monotonic() < deadline and Path(f"/proc/{pid}").exists()
+            time.sleep(0.05)
+        seen = hurt.finish(hurt.start("status", "night"))[1]
+        assert seen["state"] == "running" and f"process {pid} " in f"{seen['controller']} "
+        code, error = hurt.finish(hurt.start("resume", "night"))
+        assert code == 2 and f"by process {pid}" in error["error"]["seen"]
+        time.sleep(seed.random())
+    finally:
+        os.killpg(pid, signal.SIGKILL)
     before = {name: storage.manifest(f"artifacts/{name}/v1") for name in GOOD}
-    code, answer = hurt.run()
-    assert (code, states(answer)) == (3, expected)
+
+    process = hurt.start("run", str(hurt.manifest))
+    wait(lambda: saved("ada", 40) or saved("cat", 40), process)
+    for worker in workers(process.pid):
+        os.kill(worker, signal.SIGKILL)
+    wait(
+        lambda: "training" in {s["state"] for s in subjects(hurt) if s["name"] == "eve" and s["step"]},
+        process,
+    )
+    assert hurt.finish(hurt.start("cancel", "night", "eve"))[0] == 0
+    asked = time.monotonic()
+    wait(lambda: "training" not in {s["state"] for s in subjects(hurt)}, process)
+    freed_s = time.monotonic() - asked
+    code, answer = hurt.finish(process)
+    assert (code, states(answer)) == (3, expected) and freed_s < 30
     assert hurt.artifacts(storage) == calm.artifacts(Storage(calm.root))
     again = {name: storage.manifest(f"artifacts/{name}/v1") for name in GOOD}
     assert all(again[name] == found for name, found in before.items() if found)  # published once
     assert all(hurt.steps(storage, name) == list(range(1, STEPS + 1)) for name in GOOD)
-    assert {tuple(storage.names(f"artifacts/{name}")) for name in GOOD} == {("v1",)}
-    tell("campaign on S3: driver killed twice, worker once", "equal")
+    assert {tuple(storage.names(f"artifacts/{name}")) for name in (*GOOD, "eve")} == {("v1",), ()}
+    tell("campaign on S3: detached driver and its worker killed", "equal")
 
     code, answer = hurt.run()
     assert (code, states(answer)) == (3, expected) and answer["images"]["drawn"] == 0
 
 
-def test_a_detached_campaign_is_seen_and_cancelled_from_outside_and_gone_on_with(
-    tmp_path: Path, photos: Path, tiny_base: Path, workers: Callable[..., list[int]]
-) -> None:
-    night = Night(str(tmp_path / "root"), photos, tiny_base, tmp_path / "out")
-    storage = Storage(night.root)
-    code, answer = night.finish(
-        night.start("run", str(night.manifest), "--detach", "--set", "train.steps=5000")
-    )
-    assert code == 0 and "process" in answer["controller"]
-    pid = int(answer["controller"].split()[1])
-    try:
-
-        def status() -> dict[str, Any]:
-            return night.finish(night.start("status", "night"))[1]
-
-        deadline = time.monotonic() + PATIENCE_S
-        now = status()
-        while not any(subject["step"] > 0 for subject in now["subjects"]):
-            assert time.monotonic() < deadline, now
-            time.sleep(0.5)
-            now = status()
-        assert now["state"] == "running" and f"process {pid}" in now["controller"]
-        refused, error = night.finish(night.start("resume", "night"))
-        assert refused == 2 and f"by process {pid}" in error["error"]["seen"]
-        code, answer = night.finish(night.start("cancel", "night"))
-        asked = time.monotonic()
-        while Path(f"/proc/{pid}").exists() and workers(pid):
-            assert time.monotonic() - asked < 60
-            time.sleep(0.1)
-        while (now := status())["controller"]:
-            assert time.monotonic() < deadline, now
-            time.sleep(0.5)
-        assert now["state"] in ("cancelled", "failed")
-        assert {s["state"] for s in now["subjects"]} == {"cancelled", "failed"}
-        assert (storage.exists("campaigns/night/controller.log"), len(night.artifacts(storage))) == (True, 0)
-    finally:
-        if Path(f"/proc/{pid}").exists():
-            os.killpg(pid, signal.SIGKILL)
+def subjects(night: Night) -> list[dict[str, Any]]:
+    """The subjects as `status` shows them."""
+    found: list[dict[str, Any]] = night.finish(night.start("status", "night"))[1]["subjects"]
+    return found

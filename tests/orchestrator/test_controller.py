@@ -1,7 +1,6 @@
 """A campaign's controller on a real ledger, with works that do nothing."""
 
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -16,12 +15,6 @@ from orchestrator.records import NewRun, RunRow
 from orchestrator.roster import Outline
 
 NAME = "night"
-
-
-@pytest.fixture
-def ledger(tmp_path: Path) -> Iterator[Ledger]:
-    with Ledger(f"sqlite:///{tmp_path / 'campaigns.db'}") as opened:
-        yield opened
 
 
 def enroll(ledger: Ledger, names: Sequence[str], **fields: Any) -> dict[str, int]:
