@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 from cluster.mailbox import GANG_KILLED, GIVE_UP_AFTER
 from orchestrator.campaign_settings import Budget, Schedule
@@ -25,83 +25,18 @@ from orchestrator.facts import (
     Stepped,
     Stopped,
 )
+from orchestrator.labour import Works
 from orchestrator.ledger import Ledger
 from orchestrator.order import Group, Queue, prior_order
 from orchestrator.records import ENDED, CampaignRow, RunRow
 from orchestrator.recovery import Again, Failure, History, Kind, Size, decide
-from orchestrator.roster import Outline, Roster
+from orchestrator.roster import Roster
 
 POLL_S = 0.2  # a table feels live at 5 Hz
 RECORD_S = 1.0  # how old the steps on record may be; states are recorded at once
 CANCELLED = {"what": "cancelled", "seen": "", "do": "raybooth campaign retry goes on with it"}
 WISHES_S = 0.5  # until a cancel is heard
 MOST_MEASURED = 3  # tries to measure how many runs of a kind train together; then they train alone
-
-
-class Works(Protocol):
-    """The work of a campaign. Every method returns at once; what comes of it is told as facts."""
-
-    def outline(self, run: int, size: Size) -> Outline:
-        """What is known of a run before anything is done for it; raises `UserError`."""
-        ...
-
-    def width(self, bank_key: str) -> int | None:
-        """How many runs of a key are trained together; `None` until that is measured."""
-        ...
-
-    def check(self, run: int, size: Size) -> None:
-        """Begin to make a run ready."""
-        ...
-
-    def draw_first(self, prior_keys: Sequence[str]) -> None:
-        """The order in which prior sets are drawn."""
-        ...
-
-    def staff(self, live: Mapping[Any, int], active: Mapping[Any, int]) -> None:
-        """Have gangs come and go.
-
-        Args:
-            live: By kind the groups that have not ended.
-            active: Those of them that are ready or train.
-        """
-        ...
-
-    def free(self, kind: Any) -> int:
-        """How many gangs of this kind could begin now."""
-        ...
-
-    def train(self, kind: Any, slots: Sequence[int | None]) -> str:
-        """Hand runs to a free gang; returns its name."""
-        ...
-
-    def measure(self, kind: Any, run: int) -> None:
-        """Have a free gang measure how many runs such as this one are best trained together."""
-        ...
-
-    def drop(self, run: int) -> None:
-        """End a run that trains."""
-        ...
-
-    def publish(self, run: int, metrics: Mapping[str, float]) -> None:
-        """Put a run's artifact on record."""
-        ...
-
-    def end(self, run: int, state: str, reason: str | None) -> None:
-        """Nothing more is done for a run."""
-        ...
-
-    def facts(self, wait_s: float) -> list[Fact]:
-        """What happened since the last call; waits up to `wait_s` seconds."""
-        ...
-
-    def leave(self) -> bool:
-        """Have what trains saved and left; `False` when nothing does."""
-        ...
-
-    @property
-    def spent(self) -> Mapping[str, float]:
-        """Seconds of `worker`, `cpu` and `gpu` held since the start of this controller."""
-        ...
 
 
 class Controller:

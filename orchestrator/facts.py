@@ -6,6 +6,7 @@ from typing import Any
 
 from cluster.errors import RayboothError, UserError
 from cluster.mailbox import BAD_INPUT, SYSTEM
+from cluster.objects import StorageError
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,9 @@ class Failed(Fact):
 
     @classmethod
     def of(cls, run: int, error: BaseException) -> "Failed":
-        """From an error that was raised."""
+        """From an error that was raised, of storage too."""
+        if isinstance(error, StorageError):
+            error = error.failure()
         if isinstance(error, RayboothError):
             kind = BAD_INPUT if isinstance(error, UserError) else SYSTEM
             return cls(run, kind, error.what, error.seen, error.do)

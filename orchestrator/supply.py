@@ -10,8 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-from cluster.errors import RayboothError
-from cluster.objects import StorageError
 from cluster.registry import Registry
 from cluster.storage import Storage
 from orchestrator.facts import Checked, Fact, Failed, Ready, Registered, Said
@@ -153,7 +151,7 @@ class Supply:
             else:
                 self._want(run, Supplied(prepared, goal))
         except Exception as error:  # of whatever kind: it is this run's alone
-            self._tell(Failed.of(run, error.failure() if isinstance(error, StorageError) else error))
+            self._tell(Failed.of(run, error))
         finally:
             with self._changed:
                 self._checking.discard(run)
@@ -300,8 +298,7 @@ class Supply:
                         del self._waiting[other]
                 self._undraw(run)
         for run in runs:
-            known = error if isinstance(error, RayboothError) else None
-            self._tell(Failed.of(run, known or error))
+            self._tell(Failed.of(run, error))
 
 
 def _there_already(run: int, storage: Storage, prepared: Prepared, goal: Destination) -> Registered:

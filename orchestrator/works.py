@@ -6,10 +6,9 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from cluster.errors import UserError
 from cluster.mailbox import SYSTEM, Event
 from cluster.objects import StorageError
 from cluster.session import check_fits
@@ -169,11 +168,8 @@ class CampaignWorks:
             of_class = self._of_class(prepared.base, key, prepared.run.prior.num_images) if key else []
             return opened.record.lease(photos, of_class, key)
         except Exception as error:
-            if isinstance(error, StorageError):
-                error = error.failure()
-            failed = Failed.of(run, error)
             # nothing that is checked can be the user's mistake: another process trains it, or storage fails
-            self._inbox.put(Failed(run, SYSTEM, failed.what, failed.seen, failed.do))
+            self._inbox.put(replace(Failed.of(run, error), kind=SYSTEM))
             return None
 
     def _opened(self, run: int) -> _Open:
@@ -288,10 +284,7 @@ class CampaignWorks:
             try:
                 act()
             except Exception as error:
-                known = error.failure() if isinstance(error, StorageError) else error
-                failed = Failed.of(run, known)
-                kind = failed.kind if isinstance(known, UserError) else SYSTEM
-                self._inbox.put(Failed(run, kind, failed.what, failed.seen, failed.do))
+                self._inbox.put(Failed.of(run, error))
 
         return self._desk(run).submit(guarded)
 
