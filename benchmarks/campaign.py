@@ -26,11 +26,12 @@ import yaml
 
 from cluster.storage import Storage
 from pocket.subject import SUBJECT_CLASS, subject_photos
-from training.draw import DRAW_WIDTH, Drawer, DrawRequest
+from training.draw import DRAW_WIDTH, Drawer
 from training.pipeline import open_base
 from training.png import encode_png
 from training.prior import SHARD, image_seed, prior_key, prior_path, prior_pngs, prior_spec
 from training.recipe import Prior
+from training.request import DrawRequest
 
 CLASS_IMAGES = 8
 RANK = 4  # the peer's default

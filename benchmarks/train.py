@@ -21,9 +21,10 @@ from statistics import median
 from typing import Any
 
 from pocket.subject import SUBJECT_CLASS, write_photos
-from training.draw import Drawer, DrawRequest
+from training.draw import Drawer
 from training.pipeline import open_base
 from training.png import encode_png
+from training.request import DrawRequest
 
 CLASS_IMAGES = 8
 

@@ -14,11 +14,12 @@ from orchestrator.spec import load_run
 from orchestrator.train import train_subject
 from pocket.subject import SUBJECT_CLASS, SUBJECT_NAME, write_photos
 from training.artifact import open_artifact
-from training.draw import Drawer, DrawRequest
+from training.draw import Drawer
 from training.pipeline import open_base
 from training.png import Pixels, decode_png, encode_png
 from training.prior import prior_pngs
 from training.prompt import render_prompt
+from training.request import DrawRequest
 
 PROMPTS = (
     "a photo of {subject} on the beach",

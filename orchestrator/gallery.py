@@ -14,8 +14,8 @@ from typing import Any, Literal, get_args
 from cluster.errors import SystemFailure, UserError, did_you_mean
 from cluster.objects import StorageError
 from cluster.storage import Storage, sha256
-from training.draw import DrawRequest
 from training.png import decode_png, png_parameters
+from training.request import DrawRequest
 
 Form = Literal["png", "parquet"]
 INDEX = "index.parquet"

@@ -6,8 +6,9 @@ from collections.abc import Iterable, Sequence
 from PIL import Image
 
 from orchestrator.progress import Stages
-from training.draw import Drawer, DrawRequest
+from training.draw import Drawer
 from training.png import Pixels
+from training.request import DrawRequest
 
 STEPS, GUIDANCE = 25, 4.0
 

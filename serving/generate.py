@@ -12,14 +12,15 @@ from typing import Any, cast
 from cluster.errors import UserError
 from cluster.registry import Registry
 from cluster.storage import Storage, sha256
+from serving.protocol import PRISTINE
 from training.artifact import Identity, open_artifact
-from training.draw import Drawer, DrawRequest
+from training.draw import Drawer
 from training.pipeline import open_base
 from training.png import encode_png, grid
 from training.prompt import render_prompt
 from training.recipe import Recipe, SamplerName, with_defaults
+from training.request import DrawRequest
 
-PRISTINE = "base"  # the name that draws with the base itself
 _MAX_SLUG = 60
 
 

@@ -7,7 +7,7 @@ W width, C latent channels, H W latent size, L tokens, D text width.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,31 +30,13 @@ from training.pipeline import (
     predict,
     token_ids,
 )
-from training.recipe import SamplerName
+from training.request import DrawRequest
 from training.samplers import SamplerTable, advance, sampler_table
 from training.schedule import NoiseSchedule
 
 # Parameters of a UNet below which threads wait for each other longer than they work (pocket: 10 s on two, 3 s on one)
 SMALL = 50_000_000
 DRAW_WIDTH = {"cpu": 4, "cuda": 8}  # rows of images; part of what the bits depend on
-
-
-@dataclass(frozen=True)
-class DrawRequest:
-    """One image."""
-
-    prompt: str
-    seed: int
-    negative_prompt: str = ""
-    steps: int = 25
-    guidance: float = 7.5
-    """1 is without guidance, and costs half."""
-    sampler: SamplerName = "ddim"
-    eta: float = 0.0
-
-    def parameters(self, subject: str, base_revision: str) -> dict[str, Any]:
-        """What the PNG of `subject` says of how it was drawn."""
-        return {**asdict(self), "subject": subject, "base_revision": base_revision}
 
 
 class Drawer:

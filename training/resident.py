@@ -13,10 +13,11 @@ from cluster.errors import RayboothError, SystemFailure, failure_of
 from cluster.objects import StorageError
 from cluster.storage import Storage
 from training.artifact import open_artifact
-from training.draw import Drawer, DrawRequest
+from training.draw import Drawer
 from training.pipeline import encode_image, load_vae, open_base
 from training.png import encode_png
 from training.reading import error_text
+from training.request import DrawRequest
 
 Batch = dict[str, Any]
 

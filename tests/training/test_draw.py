@@ -16,10 +16,11 @@ from torch import nn
 
 from cluster.errors import UserError
 from training.artifact import write_weights
-from training.draw import Drawer, DrawRequest
+from training.draw import Drawer
 from training.lora import attach
 from training.pipeline import BaseInfo, load_text_encoder, load_unet, open_base
 from training.recipe import Run
+from training.request import DrawRequest
 
 PROMPT = "a photo of a zwx dog on the beach"
 MIXED = [

@@ -13,10 +13,11 @@ from cluster.errors import SystemFailure, UserError
 from cluster.storage import Storage
 from training import checkpoint
 from training.artifact import open_artifact
-from training.draw import Drawer, DrawRequest
+from training.draw import Drawer
 from training.lease import Lease
 from training.loop import ResidentBase
 from training.png import decode_png, grid
+from training.request import DrawRequest
 from training.wish import Dropped, Wish
 
 Trained = dict[str, Any]
