@@ -18,9 +18,9 @@ from orchestrator.gallery import Entry, Gallery, Image
 from orchestrator.gallery_sheets import write_sheets
 from orchestrator.progress import Stages
 from orchestrator.wanted import Wanted, wanted_images
-from training.draw import DRAW_WIDTH
 from training.pipeline import BaseInfo
 from training.stream import Pool, draw_grouped
+from training.studio import FORWARD_ROWS
 
 SHARD = 64  # images that go on record together, and
 SHARD_S = 60.0  # seconds after which they do anyway: what a killed process draws again at most
@@ -214,7 +214,7 @@ class _Batch:
         """The images, base by base and subject by subject; those of a subject that fails are left out."""
         for revision, base in self.bases.items():
             images = [image for image in missing if image.base_revision == revision]
-            width = DRAW_WIDTH[self.pool.device]
+            width = FORWARD_ROWS[self.pool.device]
             pool = replace(self.pool, actors=min(self.pool.actors, ceil(len(images) / width)))
             requests = [
                 {

@@ -9,10 +9,10 @@ from cluster.errors import SystemFailure, UserError, did_you_mean
 from cluster.storage import Storage, sha256
 from orchestrator.gallery import Image
 from training.artifact import Identity, artifact_path
-from training.draw import DRAW_WIDTH
 from training.pipeline import BaseInfo, load_tokenizer, open_base, token_ids
 from training.prompt import render_prompt
 from training.recipe import SamplerName
+from training.studio import FORWARD_ROWS
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def wanted_images(
             version=version,
             artifact=artifact,
             base_revision=base.revision,
-            width=DRAW_WIDTH[device],
+            width=FORWARD_ROWS[device],
             prompt=prompt,
             words=words,
             seed=wanted.seed + number,
