@@ -43,11 +43,22 @@ class Scheduler:
         self.width, self._turn = width, turn
         self._kinds: OrderedDict[Hashable, _Queue] = OrderedDict()  # the one whose turn it is comes first
         self._of: dict[str, Hashable] = {}
+        self._unready: dict[str, Entry] = {}
         self._deadlines: dict[str, float] = {}
         self._taken = 0  # steps of the present turn
 
     def __len__(self) -> int:
-        return len(self._of)
+        return len(self._of) + len(self._unready)
+
+    @property
+    def idle(self) -> bool:
+        """Whether there is nothing to take a step of."""
+        return not self._kinds
+
+    @property
+    def next_deadline(self) -> float | None:
+        """The earliest one."""
+        return min(self._deadlines.values(), default=None)
 
     @property
     def running(self) -> int:
@@ -59,25 +70,30 @@ class Scheduler:
         """Rows that have not begun."""
         return len(self) - self.running
 
-    def add(self, entry: Entry, kind: Hashable) -> None:
-        """Put a row at the end of its kind's queue.
+    def add(self, entry: Entry) -> None:
+        """Hold a row that cannot take part yet: its subject is not in memory, say.
 
         Raises:
             ValueError: It is wider than a forward pass, or there already.
         """
-        if not 1 <= entry.cost <= self.width or entry.id in self._of:
+        if not 1 <= entry.cost <= self.width or entry.id in self._of or entry.id in self._unready:
             raise ValueError(f"{entry} cannot be scheduled at width {self.width}")
-        self._kinds.setdefault(kind, _Queue()).waiting.append(entry)
-        self._of[entry.id] = kind
+        self._unready[entry.id] = entry
         if entry.deadline is not None:
             self._deadlines[entry.id] = entry.deadline
 
+    def ready(self, id: str, kind: Hashable) -> None:
+        """Put a row that is held at the end of its kind's queue."""
+        self._kinds.setdefault(kind, _Queue()).waiting.append(self._unready.pop(id))
+        self._of[id] = kind
+
     def remove(self, id: str) -> None:
         """Take a row out, done or not; one that is not there is none of ours."""
+        self._deadlines.pop(id, None)
+        self._unready.pop(id, None)
         if id not in self._of:
             return
         kind = self._of.pop(id)
-        self._deadlines.pop(id, None)
         queue = self._kinds[kind]
         queue.running = [entry for entry in queue.running if entry.id != id]
         queue.waiting = deque(entry for entry in queue.waiting if entry.id != id)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from training.artifact import artifact_hash
 from training.outfit import PLAIN
 from training.pipeline import BaseInfo
 from training.request import DrawRequest
@@ -44,6 +45,7 @@ class Drawer:
     def wear(self, artifact: Path | None, manifest: Mapping[str, Any] | None = None) -> None:
         """Draw with another artifact from here on; arguments and errors as those of the constructor."""
         self._outfit = PLAIN if artifact is None else self.studio.read(artifact, manifest)
+        self.artifact = artifact_hash(manifest) if manifest else ""
 
     def draw(
         self, requests: Sequence[DrawRequest], on_step: Callable[[int, int], None] | None = None

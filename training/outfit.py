@@ -5,7 +5,7 @@ an adapted convolution) is weights that a forward pass has for all of its rows, 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import nn
 from cluster.errors import SystemFailure, UserError
 from training.lora import FILE as LORA_FILE
 from training.lora import LayerFactors, read_lora
-from training.pipeline import BaseInfo, load_text_encoder, load_unet
+from training.pipeline import BaseInfo, read_weights
 from training.row_linear import Adapter, Factors
 
 Models = Mapping[str, nn.Module]
@@ -69,15 +69,17 @@ def read_outfit(
         )
     if (folder / LORA_FILE).is_file():
         return _of_lora(models, pristine, folder)
-    other = replace(base, path=folder)
-    changed: dict[str, torch.Tensor] = {}
-    for part, model in (("unet", load_unet(other)), ("text_encoder", load_text_encoder(other))):
-        changed |= {
-            f"{part}.{name}": value.data
-            for name, value in model.named_parameters()
-            if not torch.equal(value.data, pristine[f"{part}.{name}"].cpu())
-        }
-    return Outfit(weights=changed)
+    whole = read_weights(folder)
+    misfits = [
+        name
+        for name in sorted(whole.keys() | pristine.keys())
+        if name not in whole or name not in pristine or whole[name].shape != pristine[name].shape
+    ]
+    if misfits:
+        raise SystemFailure(f"{folder} does not fit the base", f"{misfits[0]} and {len(misfits) - 1} more")
+    return Outfit(
+        weights={name: value for name, value in whole.items() if not torch.equal(value, pristine[name].cpu())}
+    )
 
 
 def _of_lora(models: Models, pristine: Weights, folder: Path) -> Outfit:

@@ -43,7 +43,8 @@ class DrawRequest:
                     f"take a multiple of {4 * factor}, at most {MOST_SIDE * own}",
                 )
 
-    def parameters(self, subject: str, base_revision: str) -> dict[str, Any]:
-        """What the PNG of `subject` says of how it was drawn."""
+    def parameters(self, subject: str, base_revision: str, artifact: str = "") -> dict[str, Any]:
+        """What the PNG of `subject` says of how it was drawn; `artifact` is the hash of its weights."""
         asked = {key: value for key, value in asdict(self).items() if value is not None}
-        return {**asked, "subject": subject, "base_revision": base_revision}
+        by = {"artifact": artifact} if artifact else {}
+        return {**asked, "subject": subject, "base_revision": base_revision, **by}

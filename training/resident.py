@@ -74,9 +74,9 @@ class DrawWorker:
 
     def _draw(self, name: str, version: str, label: str, requests: list[DrawRequest]) -> list[bytes]:
         self._wear(name, version)
-        revision = self.drawer.base.revision
+        by = (label, self.drawer.base.revision, self.drawer.artifact)
         return [
-            encode_png(image, request.parameters(label, revision) if label else None)
+            encode_png(image, request.parameters(*by) if label else None)
             for request, image in zip(requests, self.drawer.draw(requests), strict=True)
         ]
 

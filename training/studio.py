@@ -171,6 +171,15 @@ class Studio:
             row.x, row.x0, row.step = x[i], x0[i], row.step + 1
 
     @torch.inference_mode()
+    def rest(self) -> None:
+        """Take everything off: nothing of a subject is kept for want of another one."""
+        if self._places:
+            self._adapters.wear([PLAIN.unet] * self.width)
+            self._text_adapters.wear([PLAIN.text])
+            self._wear(PLAIN.weights)
+            self._places, self._text = [], torch.zeros(0)
+
+    @torch.inference_mode()
     def pixels(self, latents: torch.Tensor) -> NDArray[np.uint8]:
         """The image [height, width, 3] uint8 of scaled latents [C, H, W], decoded alone."""
         return pixels(self.vae, latents, self.base.scaling_factor)

@@ -10,7 +10,7 @@ from cluster.errors import UserError
 from cluster.registry import Registry
 from cluster.storage import Storage
 from serving.generate import GenerateResult, generate
-from training.artifact import FORMAT, KIND, Identity, artifact_path, write_weights
+from training.artifact import FORMAT, KIND, Identity, artifact_hash, artifact_path, write_weights
 from training.lora import attach
 from training.pipeline import load_text_encoder, load_unet, open_base
 from training.png import decode_png, png_parameters
@@ -78,6 +78,7 @@ def test_a_png_says_how_it_was_drawn(rex: Storage, tmp_path: Path, tiny_base: Pa
         "eta": 0.0,
         "subject": "rex-v1",
         "base_revision": open_base(str(tiny_base)).revision,
+        "artifact": artifact_hash(rex.manifest("artifacts/rex/v1") or {}),
     }
 
 

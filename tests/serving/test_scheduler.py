@@ -2,6 +2,7 @@
 
 import random
 from collections import Counter
+from collections.abc import Hashable
 
 import pytest
 from hypothesis import given
@@ -10,6 +11,11 @@ from hypothesis import strategies as st
 from serving.scheduler import TURN, Entry, Scheduler
 
 WIDTH = 8
+
+
+def put(scheduler: Scheduler, entry: Entry, kind: Hashable) -> None:
+    scheduler.add(entry)
+    scheduler.ready(entry.id, kind)
 
 
 def drain(scheduler: Scheduler, steps: dict[str, int], limit: int = 100_000) -> list[list[str]]:
@@ -29,7 +35,7 @@ def drain(scheduler: Scheduler, steps: dict[str, int], limit: int = 100_000) -> 
 def test_a_row_joins_as_soon_as_there_is_room() -> None:
     scheduler = Scheduler(4)
     for name, cost in (("a", 2), ("b", 2), ("c", 2)):
-        scheduler.add(Entry(name, cost), "lora")
+        put(scheduler, Entry(name, cost), "lora")
     assert scheduler.step() == ["a", "b"]
     scheduler.remove("a")
     assert scheduler.step() == ["b", "c"]
@@ -38,7 +44,7 @@ def test_a_row_joins_as_soon_as_there_is_room() -> None:
 def test_first_come_first_served_also_when_a_narrow_row_would_fit() -> None:
     scheduler = Scheduler(3)
     for name, cost in (("a", 2), ("wide", 2), ("narrow", 1)):
-        scheduler.add(Entry(name, cost), "lora")
+        put(scheduler, Entry(name, cost), "lora")
     assert scheduler.step() == ["a"]
     scheduler.remove("a")
     assert scheduler.step() == ["wide", "narrow"]
@@ -47,31 +53,45 @@ def test_first_come_first_served_also_when_a_narrow_row_would_fit() -> None:
 def test_kinds_take_turns() -> None:
     scheduler = Scheduler(WIDTH, turn=3)
     for kind in "xyz":
-        scheduler.add(Entry(kind, 2), kind)
+        put(scheduler, Entry(kind, 2), kind)
     history = drain(scheduler, dict.fromkeys("xyz", 6))
     assert [row for [row] in history] == list("xxxyyyzzzxxxyyyzzz")
 
 
 def test_a_kind_that_is_alone_keeps_its_turn() -> None:
     scheduler = Scheduler(WIDTH, turn=2)
-    scheduler.add(Entry("a", 2), "x")
+    put(scheduler, Entry("a", 2), "x")
     assert [scheduler.step() for _ in range(5)] == [["a"]] * 5
-    scheduler.add(Entry("b", 2), "y")
+    put(scheduler, Entry("b", 2), "y")
     assert scheduler.step() == ["b"]
 
 
 def test_what_cannot_be_scheduled_is_refused() -> None:
     scheduler = Scheduler(2)
-    scheduler.add(Entry("a", 2), "x")
+    put(scheduler, Entry("a", 2), "x")
     for entry in (Entry("a", 2), Entry("b", 3), Entry("c", 0)):
         with pytest.raises(ValueError, match="cannot be scheduled"):
-            scheduler.add(entry, "x")
+            scheduler.add(entry)
+
+
+def test_a_row_that_is_not_ready_holds_nobody_up_and_counts_as_waiting() -> None:
+    scheduler = Scheduler(WIDTH)
+    scheduler.add(Entry("slow", 2, deadline=5.0))
+    assert scheduler.idle and scheduler.step() == [] and scheduler.waiting == 1
+    put(scheduler, Entry("a", 2), "x")
+    assert scheduler.step() == ["a"] and scheduler.next_deadline == 5.0
+    assert scheduler.expired(5.0) == ["slow"]
+    scheduler.ready("slow", "x")
+    assert scheduler.step() == ["a", "slow"]
+    scheduler.add(Entry("gone", 1))
+    scheduler.remove("gone")
+    assert len(scheduler) == 2
 
 
 def test_a_deadline_is_told_until_the_row_is_removed() -> None:
     scheduler = Scheduler(WIDTH)
-    scheduler.add(Entry("a", 2, deadline=10.0), "x")
-    scheduler.add(Entry("b", 2), "x")
+    put(scheduler, Entry("a", 2, deadline=10.0), "x")
+    put(scheduler, Entry("b", 2), "x")
     assert scheduler.expired(9.9) == []
     assert scheduler.expired(10.0) == ["a"]
     scheduler.remove("a")
@@ -101,7 +121,7 @@ def test_no_row_is_lost_or_starved_and_no_forward_is_too_wide(
     for now in range(10_000):
         for i, (cost, kind, _, arrives, leaves) in enumerate(rows):
             if arrives == now:
-                scheduler.add(Entry(str(i), cost), kind)
+                put(scheduler, Entry(str(i), cost), kind)
             if leaves is not None and leaves == now > arrives:
                 gone.add(str(i))
                 scheduler.remove(str(i))
@@ -119,7 +139,7 @@ def test_no_row_is_lost_or_starved_and_no_forward_is_too_wide(
             break
     for row, steps in left.items():
         assert taken[row] == steps or (row in gone and taken[row] < steps)
-    assert not scheduler._of and not scheduler._deadlines and not scheduler._kinds  # nothing is kept for ever
+    assert not scheduler._of and not scheduler._deadlines and scheduler.idle  # nothing is kept for ever
 
 
 @given(st.integers(0, 2**32), st.integers(1, 6))
@@ -134,7 +154,7 @@ def test_a_row_waits_no_longer_than_those_before_it_and_the_turns_of_others(seed
         nonlocal number
         before = sum(1 for row in steps if row.startswith(f"{kind}-"))
         name = f"{kind}-{number}"
-        scheduler.add(Entry(name, rng.choice((1, 2))), kind)
+        put(scheduler, Entry(name, rng.choice((1, 2))), kind)
         steps[name], added[name] = rng.randint(1, 10), (now, before)
         number += 1
 
