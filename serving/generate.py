@@ -11,8 +11,9 @@ from typing import Any, cast
 
 from cluster.errors import UserError
 from cluster.registry import Registry
-from cluster.storage import Storage, sha256
+from cluster.storage import Storage, manifest_hash, sha256
 from serving.protocol import PRISTINE
+from serving.provenance import Provenance
 from training.artifact import Identity, open_artifact
 from training.draw import Drawer
 from training.pipeline import open_base
@@ -44,6 +45,8 @@ class _Subject:
     label: str
     identity: Identity | None
     guidance: float
+    artifact: str | None
+    """The hash of the artifact; `None` for the base."""
 
 
 def generate(
@@ -62,10 +65,12 @@ def generate(
     out: Path,
     base: str = "pocket",
     on_images: Callable[[int], None] | None = None,
+    provenance: Provenance | None = None,
 ) -> GenerateResult:
     """Draw images of a registered subject, or of a pristine base, as PNG files.
 
-    The bytes of an image depend on its prompt, its seed and the settings: not on `n`, the path or the time.
+    The bytes of an image depend on its prompt, its seed and the settings: not on `n`, the path or the time, unless
+    `provenance` signs it.
 
     Args:
         storage: Where the subject's artifact is.
@@ -82,6 +87,7 @@ def generate(
         out: Folder that takes the PNGs; files of the same name are replaced.
         base: What `base` is.
         on_images: Called with the number of images done, also between images.
+        provenance: What the PNGs say of where they come from; `None`: parameters and watermark, no signature.
 
     Raises:
         UserError: There is no such subject or version, a prompt cannot be used, or `out` cannot be written.
@@ -105,10 +111,11 @@ def generate(
         _make_folder(out)
         images = subject.drawer.draw([request for _, request in wanted], report)
         revision = subject.drawer.base.revision
-    paths = []
+    provenance, paths = provenance or Provenance(), []
     for (prompt, request), image in zip(wanted, images, strict=True):
         path = out.absolute() / f"{subject.label}-{_slug(prompt)}-s{request.seed}.png"
-        _replace(path, encode_png(image, request.parameters(subject.label, revision)))
+        facts = {**request.parameters(subject.label, revision), "artifact": subject.artifact}
+        _replace(path, provenance.png(image, facts))
         paths.append(path)
     sheet = out.absolute() / "grid.png" if len(images) > 1 else None
     if sheet:
@@ -121,7 +128,7 @@ def _opened(storage: Storage, name: str, version: str | None, base: str) -> Iter
     """The subject with its models loaded."""
     if name == PRISTINE:
         recipe = Recipe.model_validate(with_defaults({"base": {"model": base}}))
-        yield _Subject(Drawer(open_base(base)), PRISTINE, None, recipe.validate_.guidance)
+        yield _Subject(Drawer(open_base(base)), PRISTINE, None, recipe.validate_.guidance, None)
         return
     version, _ = Registry(storage).resolve(name, version)
     with open_artifact(storage, name, version) as artifact:
@@ -129,7 +136,7 @@ def _opened(storage: Storage, name: str, version: str | None, base: str) -> Iter
         pinned = open_base(manifest["base"]["model"], manifest["base"]["revision"])
         drawer = Drawer(pinned, artifact.folder, manifest)
         scale = float(manifest["recipe"]["validate"]["guidance"])
-        yield _Subject(drawer, f"{name}-{version}", artifact.identity, scale)
+        yield _Subject(drawer, f"{name}-{version}", artifact.identity, scale, manifest_hash(manifest))
 
 
 def _render(prompt: str, identity: Identity | None) -> str:
