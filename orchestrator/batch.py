@@ -18,6 +18,7 @@ from orchestrator.gallery import Entry, Gallery, Image
 from orchestrator.gallery_sheets import write_sheets
 from orchestrator.progress import Stages
 from orchestrator.wanted import Wanted, wanted_images
+from serving.provenance import Provenance
 from training.pipeline import BaseInfo
 from training.stream import Pool, draw_grouped
 from training.studio import FORWARD_ROWS
@@ -226,7 +227,7 @@ class _Batch:
                 }
                 for index, image in enumerate(images)
             ]
-            for row in draw_grouped(base, requests, pool, width, self.storage.uri):
+            for row in draw_grouped(base, requests, pool, width, self.storage.uri, Provenance().png):
                 image = images[int(row["index"])]
                 if row["error"]:
                     failed = failure_of(loads(row["error"]))

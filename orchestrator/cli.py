@@ -10,6 +10,7 @@ import typer
 from orchestrator.cli_batch import batch
 from orchestrator.cli_campaign import app as campaign_app
 from orchestrator.cli_draw import demo, generate
+from orchestrator.cli_inspect import inspect
 from orchestrator.cli_prior import app as prior_app
 from orchestrator.cli_subjects import app as subjects_app
 from orchestrator.cli_train import doctor, plan, schema, train
@@ -43,6 +44,7 @@ def _root(
 
 app.command()(train)
 app.command()(generate)
+app.command()(inspect)
 app.command()(batch)
 app.add_typer(campaign_app, name="campaign")
 app.add_typer(subjects_app, name="subjects")

@@ -1,12 +1,16 @@
 """This file is where the commands that draw read their options."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cluster.errors import UserError
-from orchestrator.cli_output import DebugOption, JsonOption, StorageOption, reporting, storage_root
+from orchestrator.cli_output import DebugOption, JsonOption, Output, StorageOption, reporting, storage_root
+
+if TYPE_CHECKING:
+    from cluster.storage import Storage
+    from serving.credentials import Credentials
 
 MAX_SEED = 2**63 - 1001  # torch takes 63 bits, and up to 1000 images count up from here
 
@@ -37,6 +41,19 @@ def generate(
     base: Annotated[
         str, typer.Option("--base", help="Base to draw with when the subject is `base`.")
     ] = "pocket",
+    c2pa: Annotated[
+        bool,
+        typer.Option("--c2pa", help="Sign a C2PA manifest into each PNG; its bytes then carry the time."),
+    ] = False,
+    certificate: Annotated[
+        Path | None,
+        typer.Option(
+            "--c2pa-certificate", help="The signer's chain in PEM; else one is made for development."
+        ),
+    ] = None,
+    key: Annotated[
+        Path | None, typer.Option("--c2pa-key", help="The signer's private key in PEM, PKCS#8.")
+    ] = None,
     storage: StorageOption = "",
     as_json: JsonOption = False,
     debug: DebugOption = False,
@@ -57,6 +74,7 @@ def generate(
         from cluster.storage import Storage
         from orchestrator.progress import open_stages
         from serving.generate import generate as draw
+        from serving.provenance import Provenance
 
         wanted = [*(prompts or []), *(read_lines(prompts_file, "prompts") if prompts_file else [])]
         if not wanted:
@@ -64,9 +82,13 @@ def generate(
                 "no prompt was given", "", 'add one, such as "a photo of {subject}", or --prompts FILE'
             )
         name, _, version = subject.partition("@")
+        root = Storage(storage_root(storage))
+        provenance = Provenance(credentials=_credentials(root, output, certificate, key) if c2pa else None)
+        if not c2pa and (certificate or key):
+            raise UserError("credentials were given, but nothing is signed", "", "add --c2pa")
         with open_stages().stage(f"drawing {subject}", len(wanted) * n) as stage:
             result = draw(
-                Storage(storage_root(storage)),
+                root,
                 name,
                 version or None,
                 wanted,
@@ -80,6 +102,7 @@ def generate(
                 out=out,
                 base=base,
                 on_images=stage.at,
+                provenance=provenance,
             )
         output.result = {"images": [str(p) for p in result.images], "seeds": result.seeds}
         if result.grid:
@@ -87,6 +110,20 @@ def generate(
         output.say(f"{len(result.images)} images in {out.absolute()}")
         if result.grid:
             output.say(f"  all of them: {result.grid}")
+
+
+def _credentials(
+    root: "Storage", output: Output, certificate: Path | None, key: Path | None
+) -> "Credentials":
+    """With what manifests are signed; says so when nobody vouches for it."""
+    from serving.credentials import DEVELOPMENT, open_credentials
+
+    credentials = open_credentials(root, certificate, key)
+    if credentials.development:
+        output.say(
+            f"signed with a certificate made for development, which nobody trusts: {root.full(DEVELOPMENT)}"
+        )
+    return credentials
 
 
 def read_lines(file: Path, what: str) -> list[str]:

@@ -240,7 +240,7 @@ class Gallery:
                 return self._whole_rows(path)
             png = self.out.read(path)
             decode_png(png)
-            if png_parameters(png) == image.parameters:
+            if image.parameters.items() <= png_parameters(png).items():
                 return [Entry(image, path, None, sha256(png))]
         except StorageError:
             raise

@@ -7,10 +7,9 @@ Everybody else talks to the thread through its inbox.
 import queue
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,13 +31,11 @@ from serving.protocol import (
 from serving.scheduler import Entry, Scheduler
 from serving.subjects import NOBODY, Key, Subject, Wardrobe
 from training.pipeline import BaseInfo
-from training.png import encode_png
+from training.png import Finish, encode_png
 from training.studio import Row, Studio, cost
 
 Say = Callable[[Event | Exception], None]
 """Takes what there is to say of one image; called by the engine's threads, so it must not block."""
-Finish = Callable[[NDArray[np.uint8], Mapping[str, Any]], bytes]
-"""Makes the PNG of pixels [height, width, 3] and the facts that it should carry."""
 SMOOTHING = 0.1  # of the time of a step
 
 

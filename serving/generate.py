@@ -14,6 +14,7 @@ from cluster.registry import Registry
 from cluster.storage import Storage, sha256
 from serving.engine import Engine
 from serving.protocol import PRISTINE, Drawn, Event, ImageOrder, Stepped
+from serving.provenance import Provenance
 from training.artifact import artifact_path
 from training.pipeline import BaseInfo, open_base
 from training.png import decode_png, encode_png, grid
@@ -51,10 +52,12 @@ def generate(
     out: Path,
     base: str = "pocket",
     on_images: Callable[[int], None] | None = None,
+    provenance: Provenance | None = None,
 ) -> GenerateResult:
     """Draw images of a registered subject, or of a pristine base, as PNG files.
 
-    The bytes of an image depend on its prompt, its seed and the settings: not on `n`, the path or the time.
+    The bytes of an image depend on its prompt, its seed and the settings: not on `n`, the path or the time, unless
+    `provenance` signs it.
 
     Args:
         storage: Where the subject's artifact is.
@@ -71,6 +74,7 @@ def generate(
         out: Folder that takes the PNGs; files of the same name are replaced.
         base: What `base` is.
         on_images: Called with the number of images done, also between images.
+        provenance: What the PNGs say of where they come from; `None`: parameters and watermark, no signature.
 
     Raises:
         UserError: There is no such subject or version, a prompt cannot be used, or `out` cannot be written.
@@ -95,7 +99,9 @@ def generate(
         for i in range(n)
     }
     _make_folder(out)
-    pngs = _drawn(Engine(pinned, None if name == PRISTINE else storage), orders, on_images)
+    finish = (provenance or Provenance()).png
+    engine = Engine(pinned, None if name == PRISTINE else storage, finish=finish)
+    pngs = _drawn(engine, orders, on_images)
     label = PRISTINE if name == PRISTINE else f"{name}-{version}"
     paths = []
     for id, order in orders.items():

@@ -18,7 +18,7 @@ from training.recipe import Recipe, Run, with_defaults
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [
     ROOT / "README.md",
-    *(ROOT / "docs" / f"{page}.md" for page in ("campaigns", "guide", "reliability")),
+    *(ROOT / "docs" / f"{page}.md" for page in ("campaigns", "guide", "provenance", "reliability")),
 ]
 
 
@@ -27,7 +27,7 @@ def commands() -> list[str]:
     for page in DOCUMENTS:
         lines = page.read_text(encoding="utf-8").splitlines()
         found += [line.strip().split("  #")[0] for line in lines if line.startswith("    raybooth ")]
-        about = "campaign run" if page.name == "campaigns.md" else "train"
+        about = {"campaigns.md": "campaign run", "provenance.md": "generate"}.get(page.name, "train")
         inline = re.findall(r"`(--[^`]+)`", "\n".join(lines))
         found += [f"raybooth {about} {options}" for options in inline if "--json" not in options]
     return found

@@ -2,7 +2,7 @@
 
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import ceil
 from typing import Any
 
@@ -13,6 +13,10 @@ from PIL import Image, PngImagePlugin
 Pixels = NDArray[np.uint8]
 
 KEY = "parameters"  # the text chunk that image tools show
+
+
+Finish = Callable[[Pixels, Mapping[str, Any]], bytes]
+"""Makes a PNG of pixels [H, W, 3] uint8 that says how it was drawn."""
 
 
 def encode_png(pixels: Pixels, parameters: Mapping[str, Any] | None = None) -> bytes:

@@ -10,6 +10,7 @@ from cluster.errors import UserError
 from cluster.registry import Registry
 from cluster.storage import Storage
 from serving.generate import GenerateResult, generate
+from serving.provenance import NO_ROOM
 from training.artifact import FORMAT, KIND, Identity, artifact_hash, artifact_path, write_weights
 from training.lora import attach
 from training.pipeline import load_text_encoder, load_unet, open_base
@@ -79,6 +80,7 @@ def test_a_png_says_how_it_was_drawn(rex: Storage, tmp_path: Path, tiny_base: Pa
         "subject": "rex-v1",
         "base_revision": open_base(str(tiny_base)).revision,
         "artifact": artifact_hash(rex.manifest("artifacts/rex/v1") or {}),
+        "watermark": NO_ROOM,
     }
 
 
