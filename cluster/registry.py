@@ -43,6 +43,14 @@ class Registry:
         record: Record = self.storage.read_json(_path(name))
         return record
 
+    def find(self, name: str) -> Record | None:
+        """The record of a subject, or `None`: one read, however many subjects there are."""
+        try:
+            record: Record = self.storage.read_json(_path(name))
+        except FileNotFoundError:
+            return None
+        return record
+
     def served(self) -> dict[str, str]:
         """The champion of every subject that has one, by name."""
         aliases = {name: self.storage.read_json(_path(name))["aliases"] for name in self.names()}

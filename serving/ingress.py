@@ -1,0 +1,105 @@
+"""This file is where the HTTP application is put together: everything of an ingress but what draws.
+
+It imports neither torch nor Ray. Whoever draws, trains and deletes is handed in.
+"""
+
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from cluster.errors import RayboothError
+from cluster.objects import StorageError
+from cluster.storage import Storage
+from serving.answers import ApiError, answer_of, invalid
+from serving.booth import Booth
+from serving.door import Door
+from serving.envelope import LOG, Envelope
+from serving.health_routes import health_routes
+from serving.openai_routes import openai_routes
+from serving.protocol import Artist
+from serving.settings import ServingSettings
+
+ABOUT = (
+    "Guided images of any trained subject, drawn step by step together. OpenAI's images contract, predictions and \
+trainings."
+)
+UPLOADS = ("/v1/trainings",)
+
+
+def create_app(
+    settings: ServingSettings,
+    storage: Storage,
+    artist: Artist,
+    clock: Callable[[], float] = time.time,
+) -> FastAPI:
+    """The ingress, as an ASGI application.
+
+    Args:
+        settings: What it allows.
+        storage: The root that holds the registry, the keys, and what the ingress keeps.
+        artist: Draws.
+        clock: Seconds since the epoch.
+    """
+    booth = Booth.of(settings, storage, artist, clock)
+
+    @asynccontextmanager
+    async def living(_: FastAPI) -> AsyncIterator[None]:
+        yield
+
+    app = FastAPI(
+        title="raybooth",
+        version=version("raybooth"),
+        description=ABOUT,
+        lifespan=living,
+        docs_url=None,  # they would load scripts from elsewhere
+        redoc_url=None,
+    )
+    app.include_router(openai_routes(booth))
+    app.include_router(health_routes(booth))
+    app.add_middleware(Door, settings=settings, keys=booth.keys, clock=clock)
+    limits = settings.limits
+    app.add_middleware(
+        Envelope,
+        metrics=booth.metrics,
+        body_bytes=lambda path: limits.upload_bytes if path in UPLOADS else limits.body_bytes,
+        clock=clock,
+    )
+    for kind in (ApiError, RayboothError, StorageError):
+        app.add_exception_handler(kind, _answered)
+    app.add_exception_handler(RequestValidationError, _answered)
+    app.add_exception_handler(HTTPException, _answered)
+    app.state.booth = booth
+    return app
+
+
+async def _answered(request: Request, error: Exception) -> Response:
+    """The answer to an error that a route raised."""
+    if isinstance(error, RequestValidationError):
+        return invalid(error.errors()).response()
+    if isinstance(error, HTTPException):
+        return _of_http(request, error).response()
+    answer = answer_of(error)
+    if answer.status >= 500:
+        LOG.error("request %s failed: %s", request.state.request_id, error)
+    return answer.response()
+
+
+def _of_http(request: Request, error: HTTPException) -> ApiError:
+    """What the framework refuses by itself, in the same shape."""
+    path = request.url.path[:64]
+    match error.status_code:
+        case 404:
+            return ApiError(
+                404, f"there is nothing at {path}. GET /openapi.json lists what is", "no_such_path"
+            )
+        case 405:
+            allowed = (error.headers or {}).get("Allow") or "GET"
+            said = f"{path} cannot be asked with {request.method}. Use {allowed}"
+            return ApiError(405, said, allow=allowed)
+    return ApiError(error.status_code, str(error.detail))
