@@ -107,7 +107,7 @@ class Engine:
 
         Args:
             order: What is wanted; its id is not in use.
-            say: Told `Joined`, each `Stepped`, and `Drawn` or an error in the end.
+            say: Told `Joined`, each `Stepped` that is wanted, and `Drawn` or an error in the end.
 
         Raises:
             QueueFull: As many wait as may.
@@ -230,13 +230,13 @@ class Engine:
 
     def _report(self, job: _Job, row: Row) -> None:
         """Say that a step is done, and hand the image on when it was the last."""
-        every, steps = job.order.preview_every, len(row.table)
-        if every and row.step % every == 0 and not row.done:
-            pixels, step = self._studio.pixels(row.x0), row.step
+        every, step, steps = job.order.preview_every, row.step, len(row.table)
+        if every and step % every == 0 and not row.done:
+            pixels = self._studio.pixels(row.x0)
             self._desk.submit(lambda: job.say(Stepped(step, steps, encode_png(pixels, None))))
-        else:
+        elif job.order.progress:
             # by the desk as well, so that steps are told in their order
-            self._desk.submit(job.say, Stepped(row.step, steps))
+            self._desk.submit(job.say, Stepped(step, steps))
         if row.done:
             pixels = self._studio.pixels(row.x)
             self._leave(job)

@@ -94,6 +94,7 @@ def generate(
                 cast(SamplerName, sampler),
                 eta,
             ),
+            progress=on_images is not None,
         )
         for number, prompt in enumerate(dict.fromkeys(prompts))
         for i in range(n)

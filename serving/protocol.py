@@ -28,6 +28,8 @@ class ImageOrder:
     """The prompt, the seed, the settings."""
     deadline_s: float | None = None
     """Seconds from now after which nobody wants it any more; `None` waits for ever."""
+    progress: bool = False
+    """Whether somebody wants to hear of its steps; a word costs more than many a step."""
     preview_every: int = 0
     """Steps between previews, small PNGs of what the image is becoming; 0 is none."""
 

@@ -56,7 +56,7 @@ class Asked:
         self.said: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.steps: list[int] = []
         version = "" if subject == "base" else "v1"
-        engine.submit(ImageOrder(id, subject, version, request, **order), self.said.put)
+        engine.submit(ImageOrder(id, subject, version, request, progress=True, **order), self.said.put)
 
     def until(self, kind: type[Any]) -> Any:
         """The first event of a kind; raises what goes wrong."""

@@ -1,0 +1,39 @@
+"""This file is where it is set how many replicas draw, with what, and when there are more or fewer."""
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Replicas(BaseModel):
+    """The processes that draw. There are as many as the images that wait ask for."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+    min: int = Field(default=1, ge=0)
+    """The fewest; with 0 the first image after a pause waits for a replica to start."""
+    max: int = Field(default=1, ge=1)
+    """The most."""
+    cpus: float = Field(default=1.0, ge=0)
+    """Logical CPUs of each."""
+    gpus: float = Field(default=0.0, ge=0)
+    """GPUs of each; 0 draws on the CPU."""
+    width: int | None = Field(default=None, ge=2, le=256)
+    """Rows of a forward pass, of which a guided image takes two; by default 8 on a CPU and 16 on a GPU. Part of what
+    the bits of an image depend on."""
+    waiting: int = Field(default=64, ge=0)
+    """Images that wait at one replica beside those it draws; more are 429."""
+    cache_gib: float = Field(default=2.0, gt=0)
+    """Memory of each for subjects."""
+    upscale_delay_s: float = Field(default=5.0, ge=0)
+    """How long there must be too much to do before a replica is added."""
+    downscale_delay_s: float = Field(default=300.0, ge=0)
+    """How long there must be too little to do before one is taken away."""
+    drain_s: float = Field(default=120.0, gt=0)
+    """How long a replica that goes away has for the images that it draws; what is left is drawn elsewhere."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "Replicas":
+        if self.min > self.max:
+            raise ValueError(
+                f"replicas.min is {self.min} and replicas.max {self.max}: raise max or lower min"
+            )
+        return self

@@ -1,0 +1,167 @@
+"""The service on Ray Serve: what was accepted is answered, whatever happens to the replicas."""
+
+import base64
+import json
+import os
+import signal
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from ray import serve
+
+from cluster.session import session
+from cluster.storage import Storage
+from serving.app import service, start, stop
+from serving.ingress import create_app
+from serving.replicas import Replicas
+from serving.settings import ServingSettings
+from training.png import decode_png, png_parameters
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+WAIT_S = 120.0
+SUBJECTS = ("lora", "lora2", "wide", "text", "full", "base")
+REPLICAS = Replicas(min=2, max=2, cpus=1, waiting=200, drain_s=60)
+
+
+@dataclass
+class Service:
+    """A service that is up."""
+
+    address: str
+    application: Any
+
+    def ask(self, **body: Any) -> tuple[int, dict[str, Any], Any]:
+        """Status, headers and JSON of an answer of the images route."""
+        request = urllib.request.Request(
+            f"{self.address}/v1/images/generations",
+            json.dumps(body).encode(),
+            {"content-type": "application/json"},
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=WAIT_S) as answer:
+                return answer.status, dict(answer.headers), json.load(answer)
+        except urllib.error.HTTPError as error:
+            return error.code, dict(error.headers), json.load(error)
+
+    def draw(self, subject: str, seed: int, steps: int = 4) -> bytes:
+        """An image's PNG."""
+        status, _, told = self.ask(model=subject, prompt="a photo of a dog", seed=seed, steps=steps)
+        assert status == 200, told
+        return base64.b64decode(told["data"][0]["b64_json"])
+
+    def figures(self) -> dict[str, float]:
+        """What `/metrics` says without labels."""
+        with urllib.request.urlopen(f"{self.address}/metrics", timeout=WAIT_S) as answer:
+            lines = answer.read().decode().splitlines()
+        pairs = (line.split() for line in lines if not line.startswith("#") and "{" not in line)
+        return {name: float(value) for name, value in pairs}
+
+    def pids(self) -> list[int]:
+        """Processes of the replicas that draw."""
+        handle = serve.get_deployment_handle("replica", "raybooth")
+        return sorted(handle.broadcast("pid").results())
+
+
+@pytest.fixture(scope="module")
+def up(zoo: Storage, tiny_base: Path) -> Iterator[Service]:
+    """Two replicas and an ingress on a Ray of their own."""
+    settings = ServingSettings.model_validate(
+        {
+            "base": str(tiny_base),
+            "sizes": ["16x16"],
+            "auth": "off",
+            "rates": {"per_minute": 100_000, "burst": 1000, "at_once": 500},
+            "limits": {"deadline_s": 120, "steps": 1000},
+        }
+    )
+    with session(None, 4, zoo):
+        application = service(settings, REPLICAS, zoo, create_app)
+        start(application, "127.0.0.1", 18123)
+        yield Service("http://127.0.0.1:18123", application)
+        stop()
+
+
+def test_an_image_over_http_says_who_it_shows(up: Service) -> None:
+    png = up.draw("lora", 7)
+    assert decode_png(png).shape == (16, 16, 3)
+    assert png_parameters(png)["subject"] == "lora-v1"
+    assert up.draw("lora", 7) == png and up.draw("base", 7) != png
+
+
+def test_a_client_that_leaves_frees_its_rows(up: Service) -> None:
+    import http.client
+
+    before = up.figures().get("raybooth_replica_cancelled", 0)
+    client = http.client.HTTPConnection(up.address.removeprefix("http://"))
+    body = json.dumps({"model": "base", "prompt": "a dog", "steps": 1000, "n": 4})
+    client.request("POST", "/v1/images/generations", body, {"content-type": "application/json"})
+    _wait_for(lambda: up.figures().get("raybooth_replica_running", 0) >= 4)
+    client.close()
+    _wait_for(lambda: up.figures()["raybooth_replica_cancelled"] == before + 4)
+    _wait_for(lambda: up.figures()["raybooth_replica_running"] == 0)
+
+
+def test_every_accepted_request_is_answered_though_a_replica_is_killed_and_all_are_redeployed(
+    up: Service,
+) -> None:
+    calm = {subject: up.draw(subject, 3, steps=30) for subject in SUBJECTS}
+    answers: Counter[int] = Counter()
+    wrong: list[Any] = []
+    over = threading.Event()
+
+    def client(number: int) -> None:
+        subject = SUBJECTS[number % len(SUBJECTS)]
+        while not over.is_set():
+            status, headers, told = up.ask(model=subject, prompt="a photo of a dog", seed=3, steps=30)
+            answers[status] += 1
+            if status == 200:
+                if base64.b64decode(told["data"][0]["b64_json"]) != calm[subject]:
+                    wrong.append(subject)
+            elif status not in (429, 503) or "Retry-After" not in {h.title() for h in headers}:
+                wrong.append((status, told))
+
+    clients = [threading.Thread(target=client, args=(i,)) for i in range(8)]
+    for one in clients:
+        one.start()
+    try:
+        _wait_for(lambda: answers[200] >= 16)
+        victim = up.pids()[0]
+        os.kill(victim, signal.SIGKILL)
+        _wait_for(lambda: len(up.pids()) == 2 and victim not in up.pids())
+        seen = answers[200]
+        _wait_for(lambda: answers[200] >= seen + 16)
+        before = set(up.pids())
+        start(
+            up.application.options() if hasattr(up.application, "options") else up.application,
+            "127.0.0.1",
+            18123,
+        )
+        seen = answers[200]
+        _wait_for(lambda: answers[200] >= seen + 16)
+        assert before
+    finally:
+        over.set()
+        for one in clients:
+            one.join()
+    print(f"answers by status: {dict(answers)}")
+    assert not wrong and answers[200] >= 48
+
+
+def _wait_for(condition: Any) -> None:
+    until = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < until, "it does not happen"
+        time.sleep(0.1)
+
+
+def test_the_ray_that_serves_asks_for_its_token(up: Service) -> None:
+    assert os.environ["RAY_AUTH_TOKEN"] and ray.is_initialized()
