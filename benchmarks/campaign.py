@@ -1,7 +1,7 @@
 """This file is where a campaign is measured beside a diffusers script that is run once per subject.
 
     python -m benchmarks.campaign --lora PATH/train_dreambooth_lora.py --full PATH/train_dreambooth.py
-        [--subjects 8] [--steps 100] [--gangs 1] [--json]
+        [--subjects 8] [--steps 100] [--gangs 1] [--bank auto] [--peers N] [--json]
 
 Same base, photos and class images (drawn before, for both), the same steps, one pair a step, fp32, one thread per
 worker. Ours is `raybooth campaign run` as a user types it, from nothing to registered artifacts: Ray's own processes
@@ -10,20 +10,16 @@ of all processes together, which do not depend on what else the machine does.
 """
 
 import argparse
-import ctypes
 import json
 import os
-import subprocess
 import sys
 import tempfile
-import threading
-import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from benchmarks.descendants import spent_by
 from cluster.storage import Storage
 from pocket.subject import SUBJECT_CLASS, subject_photos
 from training.draw import Drawer
@@ -36,71 +32,6 @@ from training.request import DrawRequest
 CLASS_IMAGES = 8
 RANK = 4  # the peer's default
 PRIOR = {"num_images": CLASS_IMAGES, "steps": 10, "guidance": 4.0}
-LOOK_S = 0.1
-SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER of Linux: what outlives its parent becomes ours, to be waited for
-
-
-class Descendants(threading.Thread):
-    """Adds up the CPU seconds of all processes below this one, by looking often: Ray's raylet does not wait for its
-    workers, so what the system adds up by itself lacks them."""
-
-    def __init__(self) -> None:
-        super().__init__(daemon=True)
-        self._ticks: dict[tuple[int, str], int] = {}  # by process and when it began
-        self._over = threading.Event()
-
-    def run(self) -> None:
-        while not self._over.wait(LOOK_S):
-            self._look()
-
-    def stop(self) -> float:
-        """The CPU seconds."""
-        self._over.set()
-        self.join()
-        return sum(self._ticks.values()) / os.sysconf("SC_CLK_TCK")
-
-    def _look(self) -> None:
-        parents: dict[int, int] = {}
-        spent: dict[int, tuple[str, int]] = {}
-        for folder in Path("/proc").glob("[0-9]*"):
-            try:
-                fields = (folder / "stat").read_text().rpartition(")")[2].split()
-            except (FileNotFoundError, ProcessLookupError):
-                continue  # it has just ended
-            pid = int(folder.name)
-            parents[pid] = int(fields[1])
-            spent[pid] = fields[19], int(fields[11]) + int(fields[12])
-        for pid, (began, ticks) in spent.items():
-            ancestor = parents[pid]
-            while ancestor in parents and ancestor != os.getpid():
-                ancestor = parents[ancestor]
-            if ancestor == os.getpid():
-                self._ticks[pid, began] = ticks
-
-
-def cpu_of(command: Sequence[str], log: Path, folder: Path | None = None) -> tuple[float, float]:
-    """CPU and wall seconds of a command and of every process that it started, to the last one's end."""
-    ctypes.CDLL(None).prctl(SUBREAPER, 1, 0, 0, 0)
-    began, watch = time.monotonic(), Descendants()
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "HF_HUB_OFFLINE": "1",
-    }
-    with log.open("ab") as said:
-        process = subprocess.Popen(command, stdout=said, stderr=said, env=environment, cwd=folder)
-        watch.start()
-        code = process.wait()
-        took = time.monotonic() - began
-        while True:
-            try:
-                os.waitpid(-1, 0)
-            except ChildProcessError:
-                break
-    if code:
-        raise SystemExit(f"{' '.join(command)} failed:\n{log.read_text()[-3000:]}")
-    return watch.stop(), took
 
 
 def prepare(work: Path, subjects: int, storage: Storage) -> None:
@@ -185,6 +116,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--gangs", type=int, default=1)
     parser.add_argument("--bank", default="auto")
+    parser.add_argument("--peers", type=int, help="runs of the peer, scaled to the subjects; by default all")
     parser.add_argument("--json", action="store_true")
     asked = parser.parse_args()
     bank: Any = asked.bank if asked.bank == "auto" else int(asked.bank)
@@ -198,17 +130,21 @@ def main() -> None:
                 continue
             load = os.getloadavg()[0]
             command = ours(work, storage, method, asked.subjects, asked.steps, asked.gangs, bank)
-            cpu, wall = cpu_of(command, work / "ours.txt", work)
-            print(f"{method}: ours {cpu:.1f} CPU s, {wall:.1f} s", file=sys.stderr, flush=True)
+            spent = spent_by(command, work / "ours.txt", work)
+            print(f"{method}: ours {spent.cpu_s:.1f} CPU s, {spent.wall_s:.1f} s", file=sys.stderr)
+            for role, (processes, cpu_s) in spent.roles.items():
+                print(f"  {cpu_s:6.1f} CPU s  {processes:2} x {role}", file=sys.stderr, flush=True)
             peers = [
-                cpu_of(theirs(work, script.absolute(), method, i, asked.steps), work / "theirs.txt")[0]
-                for i in range(asked.subjects)
+                spent_by(theirs(work, script.absolute(), method, i, asked.steps), work / "theirs.txt").cpu_s
+                for i in range(asked.peers if asked.peers is not None else asked.subjects)
             ]
+            peer = sum(peers) / len(peers) * asked.subjects if peers else 0.0
             figures[method] = {
-                "ours_cpu_s": round(cpu, 1),
-                "ours_wall_s": round(wall, 1),
-                "theirs_cpu_s": round(sum(peers), 1),
-                "ratio": round(sum(peers) / cpu, 2),
+                "ours_cpu_s": round(spent.cpu_s, 1),
+                "ours_wall_s": round(spent.wall_s, 1),
+                "roles": {name: [n, round(cpu_s, 1)] for name, (n, cpu_s) in spent.roles.items()},
+                "theirs_cpu_s": round(peer, 1),
+                "ratio": round(peer / spent.cpu_s, 2),
                 "load": round(load, 1),
             }
             print(json.dumps({method: figures[method]}), flush=True)

@@ -11,6 +11,7 @@ import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,11 @@ _EVERYWHERE = {
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",  # a spot instance has 30 s, a pod often as much
     "RAY_TRAIN_ENABLE_STATE_ACTOR_RECONCILIATION": "0",  # it polls the dashboard that is not started
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",  # people look at ours
+    "RAY_DATA_USAGE_DISABLED": "1",  # a process of its own, to tell Ray's makers what streams are used for
     "RAY_BACKEND_LOG_LEVEL": "fatal",  # Ray's core writes warnings of its own plumbing to the terminal
 }
+# Of a private Ray, which nobody drains and nobody watches: each of these is a process or work for one.
+_PRIVATE = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0", "RAY_TRAIN_METRICS_ENABLED": "0"}
 # Where there is no GPU: DeepSpeed would compile kernels nobody calls (91 s), and imports inductor (2-3 s).
 _WITHOUT_GPU = {"DS_ACCELERATOR": "cpu", "TORCHDYNAMO_DISABLE": "1"}
 # Passed on to workers when the driver has them.
@@ -61,11 +65,7 @@ def session(address: str | None, cpus: int, storage: Storage) -> Iterator[None]:
     address = resolve_address(address)
     for name, value in _EVERYWHERE.items():
         os.environ.setdefault(name, value)
-    common = {
-        "log_to_driver": False,
-        "logging_level": logging.ERROR,
-        "runtime_env": {"env_vars": _environment(here=not address)},
-    }
+    common = {"log_to_driver": False, "logging_level": logging.ERROR}
     with _joined(address, common) if address else _private(cpus, common):
         _check_shared(storage)
         yield
@@ -136,7 +136,7 @@ def _joined(address: str, common: Mapping[str, Any]) -> Iterator[None]:
     """A cluster that runs already."""
     try:
         _check_reachable(address)
-        ray.init(address=address, **common)
+        ray.init(address=address, runtime_env={"env_vars": _environment()}, **common)
     except (OSError, RuntimeError, ValueError) as error:
         raise UserError(
             f"the Ray cluster at {address} cannot be joined",
@@ -156,9 +156,12 @@ def _private(cpus: int, common: Mapping[str, Any]) -> Iterator[None]:
     # on for a local cluster by itself; set here, it would come too late, because Ray reads the mode when it is
     # imported.
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    # Its processes inherit ours. As a runtime environment of the job, Ray would start every worker for it anew.
+    for name, value in (_PRIVATE if sees_gpu() else _PRIVATE | _WITHOUT_GPU).items():
+        os.environ.setdefault(name, value)
     with _temporary_folder() as folder:
         try:
-            with _nothing_on_stderr():
+            with _nothing_on_stderr(), _few_processes():
                 ray.init(
                     address="local",
                     num_cpus=cpus,
@@ -175,6 +178,32 @@ def _private(cpus: int, common: Mapping[str, Any]) -> Iterator[None]:
             yield
         finally:
             ray.shutdown()
+
+
+@contextmanager
+def _few_processes() -> Iterator[None]:
+    """Have Ray start without those of its processes that a private one has no use for.
+
+    They are what follows logs for drivers that show them, what asks a cloud for nodes, and the modules of a dashboard
+    that is not shown: 5 CPU seconds. Ray has no setting for it; the version that we pin has these two places.
+    """
+    parameters, dependencies = (
+        ray._private.parameter.RayParams,
+        ray._private.utils.get_dashboard_dependency_error,
+    )
+    ray._private.parameter.RayParams = partial(parameters, include_log_monitor=False, no_monitor=True)
+    ray._private.utils.get_dashboard_dependency_error = lambda: ImportError("not wanted")
+    try:
+        yield
+    finally:
+        ray._private.parameter.RayParams = parameters
+        ray._private.utils.get_dashboard_dependency_error = dependencies
+
+
+def is_private() -> bool:
+    """Whether the Ray of this process is one that it has started: all of it ends with this process."""
+    node = ray._private.worker._global_node
+    return node is not None and bool(node.is_head())
 
 
 def _check_reachable(address: str) -> None:
@@ -241,13 +270,10 @@ def _check_shared(storage: Storage) -> None:
         )
 
 
-def _environment(here: bool) -> dict[str, str]:
-    """Environment variables of every worker; `here` when all of them run on this machine."""
+def _environment() -> dict[str, str]:
+    """Environment variables of every worker of a cluster that was joined."""
     names = {*_EVERYWHERE, *_INHERITED}
-    given = {name: os.environ[name] for name in sorted(names) if name in os.environ}
-    if here and not sees_gpu():
-        given |= {name: os.environ.get(name, value) for name, value in _WITHOUT_GPU.items()}
-    return given
+    return {name: os.environ[name] for name in sorted(names) if name in os.environ}
 
 
 def sees_gpu() -> bool:

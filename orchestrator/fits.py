@@ -7,6 +7,7 @@ from typing import Any
 
 from cluster.errors import UserError
 from cluster.machine import gpu_memory_bytes, memory_bytes
+from training.ceiling import memory_ceiling
 from training.engine import zero_stage
 from training.memory import MemoryEstimate, estimate
 from training.pipeline import BaseInfo
@@ -119,7 +120,7 @@ class Memory:
 
     def check(self, base: BaseInfo, run: Run) -> None:
         """Refuse a run that cannot fit; raises as `check_memory` does."""
-        if self.room == Room(None, None):
+        if self.room == Room(None, None) or self._surely_fits(base, run):
             return
         alike = run.model_dump(include={"train", "engine", "cluster", "validate_", "prior"})
         for section, settings in _WITHOUT_MEMORY.items():
@@ -136,6 +137,17 @@ class Memory:
             found = self._known[key]
         if isinstance(found, UserError):
             raise UserError(found.what, found.seen, found.do)
+
+    def _surely_fits(self, base: BaseInfo, run: Run) -> bool:
+        """Whether there is so much room that it need not be estimated."""
+        zero_stage(run.engine, run.train, run.cluster.workers)  # refuses what an estimate refuses
+        share = run.cluster.gpus_per_worker if isinstance(run.cluster.gpus_per_worker, float) else 1.0
+        rooms = [
+            self.room.cpu // run.cluster.workers if self.room.cpu is not None else None,
+            self.room.gpu * min(share, 1.0) if self.room.gpu is not None and self.device == "cuda" else None,
+        ]
+        ceiling = memory_ceiling(base, run, self.device)
+        return all(room is None or ceiling <= room for room in rooms)
 
 
 # Settings that take no memory, of sections that otherwise do.

@@ -19,7 +19,7 @@ from training.pipeline import BaseInfo, load_tokenizer, open_base, token_ids
 from training.prior import prior_key
 from training.prompt import TEMPLATE, render_prompt
 from training.recipe import TRAINED_SECTIONS, Run
-from training.shapes import sizes
+from training.shapes import refuse_untrainable
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def prepare(run: Run, storage: Storage) -> Prepared:
     samples = [render_prompt(prompt, noun, choice.identifier) for prompt in run.validate_.prompts]
     prompts = [subject_prompt, class_prompt, run.prior.negative_prompt, "", *samples]
     subject_ids, class_ids, _, *sample_ids = token_ids(tokenizer, prompts, base.token_limit).tolist()
-    sizes(base, run.train)  # refuses what cannot be trained
+    refuse_untrainable(base, run.train)
     intake = read_photos(run.subject.images, base.image_size)
     _check_holdout(run, intake)
     photos = store_photos(storage, run.subject.name, intake, base.image_size)

@@ -9,17 +9,18 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
 from cluster.errors import SystemFailure, UserError
 from training.recipe import Lora
+
+if TYPE_CHECKING:
+    from peft.tuners.lora import LoraLayer
 
 ADAPTER = "default"
 FILE = "pytorch_lora_weights.safetensors"  # what diffusers' load_lora_weights looks for
@@ -174,13 +175,20 @@ def _attach(
 
 def _inject(model: nn.Module, rank: int, alpha: float, targets: list[str]) -> None:
     """Adapters named `ADAPTER`, of which only B (zero) has its value yet; torch's own random state is kept."""
+    from peft import (
+        LoraConfig,
+        inject_adapter_in_model,
+    )  # a bank has layers of its own and pays for none of it
+
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets)
     with torch.random.fork_rng(devices=[]):
         inject_adapter_in_model(config, model, adapter_name=ADAPTER)
 
 
-def _layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
+def _layers(model: nn.Module) -> "Iterator[tuple[str, LoraLayer]]":
     """Names and modules of a model's adapted layers."""
+    from peft.tuners.lora import LoraLayer
+
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
             yield name, module

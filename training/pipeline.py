@@ -13,21 +13,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-from diffusers.utils import logging as diffusers_logging
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers.models.clip.modeling_clip import CLIPTextModel
-from transformers.models.clip.tokenization_clip import CLIPTokenizer
-from transformers.utils import logging as transformers_logging
 
 from cluster.errors import UserError
 from training.basefolder import PARTS, locate, part_config, read_json, used_files
 from training.schedule import NoiseSchedule
+
+if TYPE_CHECKING:
+    from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
 _BOX = "pocket"  # the one base that ships with raybooth
 _TRAINED = {
@@ -113,8 +110,10 @@ def open_base(model: str, revision: str | None = None) -> BaseInfo:
     )
 
 
-def load_tokenizer(base: BaseInfo) -> CLIPTokenizer:
+def load_tokenizer(base: BaseInfo) -> "CLIPTokenizer":
     """The base's tokenizer."""
+    from transformers.models.clip.tokenization_clip import CLIPTokenizer
+
     return CLIPTokenizer.from_pretrained(base.path / "tokenizer", local_files_only=True)
 
 
@@ -146,32 +145,37 @@ def token_ids(tokenizer: Any, prompts: Sequence[str], limit: int) -> torch.Tenso
 def load_unet(base: BaseInfo) -> nn.Module:
     """The base's UNet: fp32, on the CPU, in eval mode, frozen."""
     with _quiet():
-        return _frozen(UNet2DConditionModel.from_pretrained(base.path / "unet", **_LOADING))
+        return _frozen(_unet_class().from_pretrained(base.path / "unet", **_LOADING))
 
 
 def load_vae(base: BaseInfo) -> nn.Module:
     """The base's VAE: fp32, on the CPU, in eval mode, frozen."""
     with _quiet():
-        return _frozen(AutoencoderKL.from_pretrained(base.path / "vae", **_LOADING))
+        return _frozen(_vae_class().from_pretrained(base.path / "vae", **_LOADING))
 
 
 def load_text_encoder(base: BaseInfo) -> nn.Module:
     """The base's text encoder: fp32, on the CPU, in eval mode, frozen."""
+    from transformers.models.clip.modeling_clip import CLIPTextModel
+
     with _quiet():
         return _frozen(CLIPTextModel.from_pretrained(base.path / "text_encoder", **_LOADING))
 
 
 def empty_unet(base: BaseInfo) -> nn.Module:
     """The base's UNet without weights, on the meta device: its shapes cost no memory."""
+    unet = _unet_class()
     with torch.device("meta"):
         return cast(
             nn.Module,
-            UNet2DConditionModel.from_config(read_json(base.path / "unet/config.json", base.model)),
+            unet.from_config(read_json(base.path / "unet/config.json", base.model)),
         )
 
 
 def empty_text_encoder(base: BaseInfo) -> nn.Module:
     """The base's text encoder without weights, on the meta device."""
+    from transformers.models.clip.modeling_clip import CLIPTextModel
+
     config = CLIPTextModel.config_class.from_pretrained(base.path / "text_encoder")
     with torch.device("meta"):
         return cast(nn.Module, CLIPTextModel(config))
@@ -179,10 +183,9 @@ def empty_text_encoder(base: BaseInfo) -> nn.Module:
 
 def empty_vae(base: BaseInfo) -> nn.Module:
     """The base's VAE without weights, on the meta device."""
+    vae = _vae_class()
     with torch.device("meta"):
-        return cast(
-            nn.Module, AutoencoderKL.from_config(read_json(base.path / "vae/config.json", base.model))
-        )
+        return cast(nn.Module, vae.from_config(read_json(base.path / "vae/config.json", base.model)))
 
 
 def encode_text(text_encoder: nn.Module, ids: torch.Tensor) -> torch.Tensor:
@@ -278,16 +281,32 @@ def _frozen(model: Any) -> nn.Module:
     return cast(nn.Module, model.eval().requires_grad_(False))
 
 
+# Models are imported where they are used: a driver needs none of them, and they cost it 5 CPU seconds.
+
+
+def _vae_class() -> Any:
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+    return AutoencoderKL
+
+
+def _unet_class() -> Any:
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+    return UNet2DConditionModel
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
     """No progress bars of the libraries: a part of a base is read in a moment, and the bars are ours."""
-    was = transformers_logging.is_progress_bar_enabled(), diffusers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    diffusers_logging.disable_progress_bar()
+    from diffusers.utils import logging as of_diffusers
+    from transformers.utils import logging as of_transformers
+
+    shown = [log for log in (of_diffusers, of_transformers) if log.is_progress_bar_enabled()]
+    for log in shown:
+        log.disable_progress_bar()
     try:
         yield
     finally:
-        if was[0]:
-            transformers_logging.enable_progress_bar()
-        if was[1]:
-            diffusers_logging.enable_progress_bar()
+        for log in shown:
+            log.enable_progress_bar()

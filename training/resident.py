@@ -4,6 +4,7 @@ N images, C latent channels, h w latent size, S image size in pixels.
 """
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from training.artifact import open_artifact
 from training.draw import Drawer
 from training.pipeline import encode_image, load_vae, open_base
 from training.png import Finish, encode_png
-from training.reading import error_text
+from training.reading import ReadImages, error_text
 from training.request import DrawRequest
 
 Batch = dict[str, Any]
@@ -43,6 +44,23 @@ class EncodeWorker:
             stds.append(std[0].cpu().numpy())
         kept = {key: batch[key] for key in ("set", "shard", "row", "error")}
         return {**kept, "mean": np.stack(means), "std": np.stack(stds)}
+
+
+class EncodeShards:
+    """Reads shards and encodes what it has read: where they are few, a process of their own for reading costs more."""
+
+    def __init__(
+        self, model: str, revision: str | None, device: str, storage_uri: str, refuse: bool, rows: int
+    ) -> None:
+        self.read, self.encode = ReadImages(storage_uri, refuse), EncodeWorker(model, revision, device)
+        self.rows = rows
+
+    def __call__(self, batch: Batch) -> Iterator[Batch]:
+        """One shard, as `ReadImages` takes it, to batches of at most `rows` rows, as `EncodeWorker` gives them."""
+        read = self.read({key: column[0] for key, column in batch.items()})
+        for start in range(0, len(read), self.rows):
+            part = read[start : start + self.rows]
+            yield self.encode({key: np.array([row[key] for row in part]) for key in part[0]})
 
 
 class DrawWorker:

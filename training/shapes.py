@@ -1,9 +1,12 @@
 """This file is where a run's models are built without weights: to check what it asks for, and to count."""
 
 import functools
+from collections.abc import Sequence
 
+from safetensors import safe_open
 from torch import nn
 
+from training.basefolder import used_files
 from training.lora import attach
 from training.pipeline import BaseInfo, empty_text_encoder, empty_unet
 from training.recipe import TextEncoder, Train
@@ -36,6 +39,45 @@ def sizes(base: BaseInfo, train: Train) -> tuple[int, int]:
     """
     text_encoder = TextEncoder(train=train.text_encoder.train)
     return _sizes(base, Train(method=train.method, lora=train.lora, text_encoder=text_encoder))
+
+
+def refuse_untrainable(base: BaseInfo, train: Train) -> None:
+    """Refuse a run that names what cannot be trained; imports no models where the weights' names show that it can.
+
+    Raises:
+        UserError: As `trained_shapes`.
+    """
+    if train.method == "full":  # takes all there is
+        return
+    wanted = [("unet", train.lora.targets)]
+    if train.text_encoder.train:
+        wanted.append(("text_encoder", train.lora.text_targets))
+    if not all(_are_linear(base, part, targets) for part, targets in wanted):
+        sizes(base, train)
+
+
+def _are_linear(base: BaseInfo, part: str, targets: Sequence[str]) -> bool:
+    """Whether every target is there and names linear layers alone, for all that the shapes of weights say."""
+    layers = {
+        f".{name.removesuffix('.weight')}.": len(shape) for name, shape in weight_shapes(base, part).items()
+    }
+    for target in targets:
+        found = [(name, rank) for name, rank in layers.items() if f".{target}." in name]
+        if not found or not all(name.endswith(f".{target}.") and rank == 2 for name, rank in found):
+            return False
+    return True
+
+
+@functools.lru_cache(maxsize=16)
+def weight_shapes(base: BaseInfo, part: str) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the weights (of no biases) of a part of a base, from the heads of its files."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in used_files(base.path):
+        if file.parent.name == part and file.suffix == ".safetensors":
+            with safe_open(file, "np") as weights:
+                names = [name for name in weights.keys() if name.endswith(".weight")]  # noqa: SIM118
+                shapes |= {name: tuple(weights.get_slice(name).get_shape()) for name in names}
+    return shapes
 
 
 @functools.lru_cache(maxsize=64)  # of a campaign's thousands of runs most train the same

@@ -23,9 +23,10 @@ from training.latents import ImageSet, latent_path, missing_shards, write_latent
 from training.pipeline import BaseInfo
 from training.png import Finish, encode_png
 from training.reading import ReadImages
-from training.resident import DrawWorker, EncodeWorker
+from training.resident import DrawWorker, EncodeShards, EncodeWorker
 
 SHARDS_PER_READER = 16
+ROWS = 8  # that are encoded by one call
 Row = dict[str, Any]
 MOST_BLOCKS = 4000  # of one stream: Ray Data keeps each of them in the object store from the start
 _WHO = ("name", "version", "label")  # of a request to draw: what an actor draws alone, one after the other
@@ -204,6 +205,8 @@ def encode(
 ) -> None:
     """Encode what is missing of every set in one pipeline: read and cut in tasks, encode in an actor pool.
 
+    A few shards are read by the actors themselves, as a process that reads has to start.
+
     Args:
         storage: Root that holds the images and takes the latents.
         base: Its VAE encodes; frozen, eval, inference mode.
@@ -256,12 +259,8 @@ def encode(
     if not shards:
         return
     with _streaming():
-        reader = ReadImages(storage.uri, refuse=on_error is None)
-        rows_of = ray.data.from_items(shards, override_num_blocks=len(shards))
-        readers = ceil(len(shards) / SHARDS_PER_READER)  # each is a process, which has to start
-        pixels = rows_of.flat_map(reader, num_cpus=1, concurrency=readers)
         rows: list[Row] = []
-        for row in _map_actors(pixels, EncodeWorker, _worker_arguments(base, pool), pool, 8).iter_rows():
+        for row in _encoded(storage, base, shards, pool, on_error is None).iter_rows():
             if rows and _shard(rows[0]) != _shard(row):  # rows keep their order, so the one before is whole
                 finish(*_shard(rows[0]), rows)
                 rows = []
@@ -269,6 +268,18 @@ def encode(
             if not row["error"]:
                 on_image()
         finish(*_shard(rows[0]), rows)
+
+
+def _encoded(storage: Storage, base: BaseInfo, shards: Sequence[Row], pool: Pool, refuse: bool) -> Any:
+    """A dataset of the encoded rows of shards, in order."""
+    rows_of = ray.data.from_items(list(shards), override_num_blocks=len(shards))
+    arguments = _worker_arguments(base, pool)
+    readers = ceil(len(shards) / SHARDS_PER_READER)
+    if readers <= pool.actors:
+        arguments |= {"storage_uri": storage.uri, "refuse": refuse, "rows": ROWS}
+        return _map_actors(rows_of, EncodeShards, arguments, pool, 1)
+    pixels = rows_of.flat_map(ReadImages(storage.uri, refuse), num_cpus=1, concurrency=readers)
+    return _map_actors(pixels, EncodeWorker, arguments, pool, ROWS)
 
 
 def _shard(row: Row) -> tuple[int, str]:
