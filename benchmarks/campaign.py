@@ -26,7 +26,7 @@ import yaml
 
 from cluster.storage import Storage
 from pocket.subject import SUBJECT_CLASS, subject_photos
-from training.draw import DRAW_WIDTH, Drawer
+from training.draw import Drawer
 from training.pipeline import open_base
 from training.png import encode_png
 from training.prior import SHARD, image_seed, prior_key, prior_path, prior_pngs, prior_spec
@@ -117,7 +117,7 @@ def prepare(work: Path, subjects: int, storage: Storage) -> None:
         DrawRequest(spec["prompt"], image_seed(0, i), steps=prior.steps, guidance=prior.guidance)
         for i in range(CLASS_IMAGES)
     ]
-    pngs = [encode_png(image, None) for image in Drawer(base, width=DRAW_WIDTH["cpu"]).draw(asked)]
+    pngs = [encode_png(image, None) for image in Drawer(base, device="cpu").draw(asked)]
     name = f"images-000000-{CLASS_IMAGES - 1:06d}.parquet"
     columns = {"index": list(range(CLASS_IMAGES)), "seed": [request.seed for request in asked], "png": pngs}
     digest = storage.write_rows(f"{prior_path(key)}/{name}", columns)

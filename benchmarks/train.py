@@ -25,6 +25,7 @@ from training.draw import Drawer
 from training.pipeline import open_base
 from training.png import encode_png
 from training.request import DrawRequest
+from training.studio import Studio
 
 CLASS_IMAGES = 8
 
@@ -96,18 +97,18 @@ def guidance_ratio(rounds: int) -> float:
     from training.pipeline import predict
 
     torch.set_num_threads(1)
-    drawer = Drawer(open_base("pocket"), width=1)
-    base = drawer.base
+    studio = Studio(open_base("pocket"))
+    base = studio.base
     x = torch.randn(2, base.latent_channels, base.latent_size, base.latent_size)
-    text = torch.randn(2, base.token_limit, drawer.unet.config.cross_attention_dim)  # type: ignore[union-attr]
+    text = torch.randn(2, base.token_limit, studio.unet.config.cross_attention_dim)  # type: ignore[union-attr]
     steps = torch.tensor([500, 500])
 
     def one() -> None:
-        predict(drawer.unet, x, steps, text)
+        predict(studio.unet, x, steps, text)
 
     def two() -> None:
         for row in range(2):
-            predict(drawer.unet, x[row : row + 1], steps[row : row + 1], text[row : row + 1])
+            predict(studio.unet, x[row : row + 1], steps[row : row + 1], text[row : row + 1])
 
     with torch.inference_mode():
         times = [(cpu_of(two), cpu_of(one)) for _ in range(10 * rounds)]

@@ -43,11 +43,6 @@ def folder_manifest(folder: Path, meta: Mapping[str, Any]) -> dict[str, Any]:
     return {**meta, "files": listed}
 
 
-def manifest_hash(manifest: Mapping[str, Any]) -> str:
-    """The sha256 in hex of a published folder: of its manifest, which holds those of its files."""
-    return sha256(json.dumps(manifest, sort_keys=True, ensure_ascii=False).encode())
-
-
 class Storage(Objects):
     """A storage root: its objects, tables, published folders and locks."""
 

@@ -18,9 +18,10 @@ from orchestrator.gallery import Entry, Gallery, Image
 from orchestrator.gallery_sheets import write_sheets
 from orchestrator.progress import Stages
 from orchestrator.wanted import Wanted, wanted_images
-from training.draw import DRAW_WIDTH
+from serving.provenance import Provenance
 from training.pipeline import BaseInfo
 from training.stream import Pool, draw_grouped
+from training.studio import FORWARD_ROWS
 
 SHARD = 64  # images that go on record together, and
 SHARD_S = 60.0  # seconds after which they do anyway: what a killed process draws again at most
@@ -214,7 +215,7 @@ class _Batch:
         """The images, base by base and subject by subject; those of a subject that fails are left out."""
         for revision, base in self.bases.items():
             images = [image for image in missing if image.base_revision == revision]
-            width = DRAW_WIDTH[self.pool.device]
+            width = FORWARD_ROWS[self.pool.device]
             pool = replace(self.pool, actors=min(self.pool.actors, ceil(len(images) / width)))
             requests = [
                 {
@@ -226,7 +227,7 @@ class _Batch:
                 }
                 for index, image in enumerate(images)
             ]
-            for row in draw_grouped(base, requests, pool, width, self.storage.uri):
+            for row in draw_grouped(base, requests, pool, width, self.storage.uri, Provenance().png):
                 image = images[int(row["index"])]
                 if row["error"]:
                     failed = failure_of(loads(row["error"]))

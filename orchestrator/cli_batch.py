@@ -49,7 +49,7 @@ def batch(
             "--guidance-scale", "--guidance", min=1.0, help="Guidance scale; 1 is without guidance."
         ),
     ] = None,
-    sampler: Annotated[str, typer.Option(help="ddim or dpm++2m.")] = "ddim",
+    sampler: Annotated[str, typer.Option(help="ddim, euler or dpm++2m.")] = "ddim",
     actors: Annotated[
         int | None,
         typer.Option(

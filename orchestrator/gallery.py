@@ -57,8 +57,20 @@ class Image:
     @property
     def request(self) -> DrawRequest:
         """What draws it."""
-        given = {key: getattr(self, key) for key in DrawRequest.__dataclass_fields__ if key != "prompt"}
-        return DrawRequest(prompt=self.words, **given)
+        return DrawRequest(
+            self.words,
+            self.seed,
+            self.negative_prompt,
+            self.steps,
+            self.guidance,
+            self.sampler,  # type: ignore[arg-type]
+            self.eta,
+        )
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """What its PNG says."""
+        return self.request.parameters(self.label, self.base_revision, self.artifact)
 
 
 @dataclass(frozen=True)
@@ -228,7 +240,7 @@ class Gallery:
                 return self._whole_rows(path)
             png = self.out.read(path)
             decode_png(png)
-            if png_parameters(png) == image.request.parameters(image.label, image.base_revision):
+            if image.parameters.items() <= png_parameters(png).items():
                 return [Entry(image, path, None, sha256(png))]
         except StorageError:
             raise

@@ -17,7 +17,6 @@ from orchestrator.progress import Stage, Stages
 from orchestrator.run_record import RunRecord
 from orchestrator.signals import Signals, Terminated
 from orchestrator.watch import Watch
-from training.draw import DRAW_WIDTH
 from training.gang import GangShape, run_gang
 from training.latents import ImageSet, latent_refs, missing_images
 from training.lease import Lease
@@ -25,6 +24,7 @@ from training.png import decode_png, encode_png, grid
 from training.prior import draw_prior, prior_count, prior_images
 from training.prompt import render_prompt
 from training.stream import Pool, draw_pngs, encode
+from training.studio import FORWARD_ROWS
 
 STOP_S = 30  # a gang that was told to stop ends within one step and its clean-up
 
@@ -181,7 +181,7 @@ class SingleRun:
         source = (self.storage.uri, self.prepared.name, self.record.version)
         with self.stages.stage("drawing samples", len(requests)) as stage:
             images = []
-            for row in draw_pngs(self.prepared.base, requests, pool, DRAW_WIDTH[pool.device], source):
+            for row in draw_pngs(self.prepared.base, requests, pool, FORWARD_ROWS[pool.device], source):
                 images.append(decode_png(bytes(row["png"])))
                 stage.advance()
         picture = encode_png(grid(images, columns=wanted.num_images), None)

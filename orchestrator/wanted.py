@@ -2,17 +2,16 @@
 
 from dataclasses import dataclass
 from functools import lru_cache
-from json import dumps
 from typing import Any, get_args
 
 from cluster.errors import SystemFailure, UserError, did_you_mean
-from cluster.storage import Storage, sha256
+from cluster.storage import Storage
 from orchestrator.gallery import Image
-from training.artifact import Identity, artifact_path
-from training.draw import DRAW_WIDTH
+from training.artifact import Identity, artifact_hash, artifact_path
 from training.pipeline import BaseInfo, load_tokenizer, open_base, token_ids
 from training.prompt import render_prompt
 from training.recipe import SamplerName
+from training.studio import FORWARD_ROWS
 
 
 @dataclass(frozen=True)
@@ -77,14 +76,14 @@ def wanted_images(
     }
     texts = [*prompts.values(), wanted.negative_prompt]
     token_ids(_tokenizer(base.model, base.revision), texts, base.token_limit)  # refuses what is too long
-    artifact = sha256(dumps(manifest["files"], sort_keys=True).encode())[:16]
+    artifact = artifact_hash(manifest)
     images = [
         Image(
             subject=name,
             version=version,
             artifact=artifact,
             base_revision=base.revision,
-            width=DRAW_WIDTH[device],
+            width=FORWARD_ROWS[device],
             prompt=prompt,
             words=words,
             seed=wanted.seed + number,

@@ -18,8 +18,8 @@ def draw(drawer: Drawer, prompts: Sequence[tuple[str, int]], title: str, stages:
     requests = [DrawRequest(prompt, seed, steps=STEPS, guidance=GUIDANCE) for prompt, seed in prompts]
     pictures: list[Pixels] = []
     with stages.stage(title, len(requests)) as stage:
-        for first in range(0, len(requests), drawer.width):
-            pictures += drawer.draw(requests[first : first + drawer.width])
+        for first in range(0, len(requests), drawer.studio.width):
+            pictures += drawer.draw(requests[first : first + drawer.studio.width])
             stage.at(len(pictures))
     return [Image.fromarray(pixels) for pixels in pictures]
 

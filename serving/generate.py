@@ -1,24 +1,23 @@
 """This file is where prompts become image files: the `generate` command without its options."""
 
 import os
+import queue
 import re
 import uuid
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
-from cluster.errors import UserError
+from cluster.errors import SystemFailure, UserError
 from cluster.registry import Registry
-from cluster.storage import Storage, manifest_hash, sha256
-from serving.protocol import PRISTINE
+from cluster.storage import Storage, sha256
+from serving.engine import Engine
+from serving.protocol import PRISTINE, Drawn, Event, ImageOrder, Stepped
 from serving.provenance import Provenance
-from training.artifact import Identity, open_artifact
-from training.draw import Drawer
-from training.pipeline import open_base
-from training.png import encode_png, grid
-from training.prompt import render_prompt
+from training.artifact import artifact_path
+from training.pipeline import BaseInfo, open_base
+from training.png import decode_png, encode_png, grid
 from training.recipe import Recipe, SamplerName, with_defaults
 from training.request import DrawRequest
 
@@ -35,18 +34,6 @@ class GenerateResult:
     """The seed of each."""
     grid: Path | None
     """All of them in one PNG, a row per prompt; `None` for a single image."""
-
-
-@dataclass(frozen=True)
-class _Subject:
-    """Who is drawn, by what."""
-
-    drawer: Drawer
-    label: str
-    identity: Identity | None
-    guidance: float
-    artifact: str | None
-    """The hash of the artifact; `None` for the base."""
 
 
 def generate(
@@ -82,7 +69,7 @@ def generate(
         negative_prompt: What should not be there.
         steps: Denoising steps.
         guidance: Guidance scale; 1 is without, `None` takes what the subject was validated with.
-        sampler: `ddim` or `dpm++2m`.
+        sampler: `ddim`, `euler` or `dpm++2m`.
         eta: Of `ddim`.
         out: Folder that takes the PNGs; files of the same name are replaced.
         base: What `base` is.
@@ -92,60 +79,82 @@ def generate(
     Raises:
         UserError: There is no such subject or version, a prompt cannot be used, or `out` cannot be written.
     """
-    with _opened(storage, name, version, base) as subject:
-        scale = subject.guidance if guidance is None else guidance
-        wanted = [
-            (
+    pinned, version, scale = _found(storage, name, version, base)
+    orders = {
+        f"{number}-{i}": ImageOrder(
+            f"{number}-{i}",
+            name,
+            version,
+            DrawRequest(
                 prompt,
-                DrawRequest(words, seed + i, negative_prompt, steps, scale, cast(SamplerName, sampler), eta),
-            )
-            for prompt in dict.fromkeys(prompts)
-            for words in [_render(prompt, subject.identity)]
-            for i in range(n)
-        ]
-
-        def report(done: int, total: int) -> None:
-            if on_images:
-                on_images(done * len(wanted) // total)
-
-        _make_folder(out)
-        images = subject.drawer.draw([request for _, request in wanted], report)
-        revision = subject.drawer.base.revision
-    provenance, paths = provenance or Provenance(), []
-    for (prompt, request), image in zip(wanted, images, strict=True):
-        path = out.absolute() / f"{subject.label}-{_slug(prompt)}-s{request.seed}.png"
-        facts = {**request.parameters(subject.label, revision), "artifact": subject.artifact}
-        _replace(path, provenance.png(image, facts))
+                seed + i,
+                negative_prompt,
+                steps,
+                scale if guidance is None else guidance,
+                cast(SamplerName, sampler),
+                eta,
+            ),
+        )
+        for number, prompt in enumerate(dict.fromkeys(prompts))
+        for i in range(n)
+    }
+    _make_folder(out)
+    finish = (provenance or Provenance()).png
+    engine = Engine(pinned, None if name == PRISTINE else storage, finish=finish)
+    pngs = _drawn(engine, orders, on_images)
+    label = PRISTINE if name == PRISTINE else f"{name}-{version}"
+    paths = []
+    for id, order in orders.items():
+        path = out.absolute() / f"{label}-{_slug(order.request.prompt)}-s{order.request.seed}.png"
+        _replace(path, pngs[id])
         paths.append(path)
-    sheet = out.absolute() / "grid.png" if len(images) > 1 else None
+    sheet = out.absolute() / "grid.png" if len(paths) > 1 else None
     if sheet:
+        images = [decode_png(pngs[id]) for id in orders]
         _replace(sheet, encode_png(grid(images, columns=n if n > 1 else min(len(images), 8)), None))
-    return GenerateResult(paths, [request.seed for _, request in wanted], sheet)
+    return GenerateResult(paths, [order.request.seed for order in orders.values()], sheet)
 
 
-@contextmanager
-def _opened(storage: Storage, name: str, version: str | None, base: str) -> Iterator[_Subject]:
-    """The subject with its models loaded."""
+def _found(storage: Storage, name: str, version: str | None, base: str) -> tuple[BaseInfo, str, float]:
+    """The base that draws, the version, and the guidance that was validated with."""
     if name == PRISTINE:
         recipe = Recipe.model_validate(with_defaults({"base": {"model": base}}))
-        yield _Subject(Drawer(open_base(base)), PRISTINE, None, recipe.validate_.guidance, None)
-        return
+        return open_base(base), "", recipe.validate_.guidance
     version, _ = Registry(storage).resolve(name, version)
-    with open_artifact(storage, name, version) as artifact:
-        manifest: dict[str, Any] = artifact.manifest
-        pinned = open_base(manifest["base"]["model"], manifest["base"]["revision"])
-        drawer = Drawer(pinned, artifact.folder, manifest)
-        scale = float(manifest["recipe"]["validate"]["guidance"])
-        yield _Subject(drawer, f"{name}-{version}", artifact.identity, scale, manifest_hash(manifest))
+    manifest = storage.manifest(artifact_path(name, version))
+    if manifest is None:
+        raise SystemFailure(
+            f"{storage.full(artifact_path(name, version))} is missing or was not finished",
+            "",
+            "train it again",
+        )
+    pinned = open_base(manifest["base"]["model"], manifest["base"]["revision"])
+    return pinned, version, float(manifest["recipe"]["validate"]["guidance"])
 
 
-def _render(prompt: str, identity: Identity | None) -> str:
-    """The prompt in words."""
-    if identity:
-        return render_prompt(prompt, identity.class_noun, identity.identifier, identity.template)
-    if "{class}" in prompt:
-        raise UserError("the pristine base has no class", repr(prompt), "say the noun instead of {class}")
-    return render_prompt(prompt, "", None)
+def _drawn(
+    engine: Engine, orders: Mapping[str, ImageOrder], on_images: Callable[[int], None] | None
+) -> dict[str, bytes]:
+    """The PNG of each order; the first error ends them all."""
+    said: queue.SimpleQueue[tuple[str, Event | Exception]] = queue.SimpleQueue()
+    pngs: dict[str, bytes] = {}
+    steps = 0.0
+    try:
+        for id, order in orders.items():
+            engine.submit(order, lambda event, id=id: said.put((id, event)))  # type: ignore[misc]
+        while len(pngs) < len(orders):
+            id, event = said.get()
+            if isinstance(event, Exception):
+                raise event
+            if isinstance(event, Stepped):
+                steps += 1 / event.steps
+            if isinstance(event, Drawn):
+                pngs[id] = event.png
+            if on_images:
+                on_images(max(len(pngs), int(steps + 1e-6)))
+    finally:
+        engine.close()
+    return pngs
 
 
 def _slug(prompt: str) -> str:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from cluster.errors import UserError
 from cluster.registry import Registry
-from cluster.storage import Storage, manifest_hash
+from cluster.storage import Storage
 from serving.credentials import read_manifest
 from serving.watermark import read
 from training.png import KEY
@@ -79,12 +79,14 @@ def inspect_picture(data: bytes, name: str, anchors: str = "") -> Inspection:
 
 def artifacts_with(storage: Storage, tag: str) -> list[str]:
     """The registered versions, `NAME@VERSION`, whose artifact's hash begins as a watermark's tag says."""
+    from training.artifact import artifact_hash  # it brings torch, which the rest does without
+
     registry = Registry(storage)
     found = []
     for name in registry.names():
         for version, entry in registry.show(name)["versions"].items():
             manifest = storage.manifest(entry["artifact"])
-            if manifest and manifest_hash(manifest).startswith(tag):
+            if manifest and artifact_hash(manifest).startswith(tag):
                 found.append(f"{name}@{version}")
     return found
 

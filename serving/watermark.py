@@ -33,7 +33,9 @@ CHECK_BITS = 24
 FREQUENCIES = ((0, 1), (1, 0), (1, 1), (2, 0), (0, 2))  # the lowest but the mean: they survive most
 STEPS = 3  # scaling down and up again is not the identity; three corrections leave under 1 % of the way
 GUESSES = 8  # the least certain bits are tried both ways: 256 messages against 24 bits of check
-CERTAIN = 1.4  # mean certainty of a bit in deviations; unmarked photos have 0.81 +- 0.09, and 1.17 at the most
+CERTAIN = (
+    1.4  # mean certainty of a bit in deviations; unmarked photos have 0.81 +- 0.09, and 1.17 at the most
+)
 LARGE = 4.0  # a frequency this many lattice steps large counts half: scaling changes it by some percent
 
 

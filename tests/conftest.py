@@ -15,11 +15,16 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from hypothesis import settings
 from transformers.models.clip.configuration_clip import CLIPTextConfig
 from transformers.models.clip.modeling_clip import CLIPTextModel
 from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
 from cluster.storage import Storage
+
+# the same examples every time, however slow the machine is
+settings.register_profile("raybooth", deadline=None, derandomize=True, database=None)
+settings.load_profile("raybooth")
 
 # Each is one token of the tiny base; any other word is spelt in letters or fragments.
 WORDS = (

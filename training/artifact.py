@@ -4,6 +4,7 @@ The manifest's keys besides `files`: `kind`, `format`, `method`, `base` {model, 
 (the run by its YAML names), `fingerprint`, `prior_key`, `metrics`, `steps`.
 """
 
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -13,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from cluster.errors import SystemFailure
-from cluster.storage import Storage
+from cluster.storage import Storage, sha256
 from training.lora import save_lora
 from training.pipeline import BaseInfo, save_pipeline
 from training.recipe import Run
@@ -102,6 +103,11 @@ def write_weights(base: BaseInfo, run: Run, unet: nn.Module, text_encoder: nn.Mo
         save_lora(unet, text_encoder if run.train.text_encoder.train else None, folder, run.train.lora)
     else:
         save_pipeline(base, unet, text_encoder, folder)
+
+
+def artifact_hash(manifest: Mapping[str, Any]) -> str:
+    """What names the weights of an artifact, whatever it is called: 16 hex digits of its files' hashes."""
+    return sha256(json.dumps(manifest["files"], sort_keys=True).encode())[:16]
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -105,46 +106,49 @@ def fresh_a(seed: int, layer: str, shape: Sequence[int]) -> torch.Tensor:
     return (torch.rand(*shape, generator=generator) * 2 - 1) * bound
 
 
-def load_lora(unet: nn.Module, text_encoder: nn.Module, folder: Path) -> None:
-    """Put the adapters that `save_lora` wrote into the pristine models, in place, frozen.
+@dataclass(frozen=True)
+class LayerFactors:
+    """The adapter of one layer as it is written."""
+
+    a: torch.Tensor
+    """[rank, d_in], of a convolution [rank, C_in, kernel, kernel]."""
+    b: torch.Tensor
+    """[d_out, rank], of a convolution [C_out, rank, 1, 1]."""
+    scale: float
+    """What B A is multiplied with: alpha / rank."""
+
+
+def read_lora(folder: Path) -> dict[str, dict[str, LayerFactors]]:
+    """The adapters that `save_lora` wrote: by model (`unet`, `text_encoder`) and layer.
 
     Raises:
-        SystemFailure: The file does not fit the models.
+        SystemFailure: The file is not one of ours.
     """
     with safe_open(folder / FILE, "pt") as file:
-        metadata = json.loads(file.metadata()[_METADATA])
+        metadata = json.loads((file.metadata() or {}).get(_METADATA, "{}"))
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is no mapping)
-    for prefix, model in (("unet", unet), ("text_encoder", text_encoder)):
+    found: dict[str, dict[str, LayerFactors]] = {}
+    for prefix in ("unet", "text_encoder"):
         if f"{prefix}.r" not in metadata:
             continue
-        _inject(
-            model,
-            metadata[f"{prefix}.r"],
-            metadata[f"{prefix}.lora_alpha"],
-            metadata[f"{prefix}.target_modules"],
-        )
-        for name, layer in _layers(model):
-            for factor in ("lora_A", "lora_B"):
-                weight = getattr(layer, factor)[ADAPTER].weight
-                found = tensors.pop(f"{prefix}.{name}.{factor}.weight", None)
-                if found is None or found.shape != weight.shape:
-                    seen = "nothing" if found is None else f"shape {tuple(found.shape)}"
-                    raise SystemFailure(
-                        f"{folder / FILE} does not fit the base", f"{prefix}.{name}.{factor}: {seen}"
-                    )
-                weight.data.copy_(found)
-        model.requires_grad_(False).eval()
-    if tensors:
-        raise SystemFailure(f"{folder / FILE} does not fit the base", f"nowhere to put {min(tensors)}")
-
-
-def detach(model: nn.Module) -> None:
-    """Take adapters off again, in place: the layers below them are as they were; without adapters nothing happens."""
-    for name, layer in list(_layers(model)):
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, layer.get_base_layer())
-    if hasattr(model, "peft_config"):  # what PEFT would take for another adapter that stays
-        del model.peft_config
+        scale = metadata[f"{prefix}.lora_alpha"] / metadata[f"{prefix}.r"]
+        names = sorted(n for n in tensors if n.startswith(f"{prefix}.") and n.endswith(".lora_A.weight"))
+        layers = [name.removeprefix(f"{prefix}.").removesuffix(".lora_A.weight") for name in names]
+        try:
+            found[prefix] = {
+                layer: LayerFactors(
+                    a=tensors.pop(f"{prefix}.{layer}.lora_A.weight"),
+                    b=tensors.pop(f"{prefix}.{layer}.lora_B.weight"),
+                    scale=scale,
+                )
+                for layer in layers
+            }
+        except KeyError as error:
+            raise SystemFailure(f"{folder / FILE} is no adapter of ours", f"{error} is missing") from error
+    if tensors or not found:
+        seen = f"nowhere to put {min(tensors)}" if tensors else "it says nothing of rank and alpha"
+        raise SystemFailure(f"{folder / FILE} is no adapter of ours", seen)
+    return found
 
 
 def _attach(

@@ -19,7 +19,7 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.utils import logging as diffusers_logging
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.models.clip.modeling_clip import CLIPTextModel
 from transformers.models.clip.tokenization_clip import CLIPTokenizer
@@ -30,6 +30,11 @@ from training.basefolder import PARTS, locate, part_config, read_json, used_file
 from training.schedule import NoiseSchedule
 
 _BOX = "pocket"  # the one base that ships with raybooth
+_TRAINED = {
+    "unet": "unet/diffusion_pytorch_model.safetensors",
+    "text_encoder": "text_encoder/model.safetensors",
+}
+_TEXT_PREFIX = "text_model."  # that transformers before 5 needs and later ones drop
 _LOADING: dict[str, Any] = {"use_safetensors": True, "local_files_only": True, "torch_dtype": torch.float32}
 
 
@@ -220,6 +225,18 @@ def decode_latents(vae: nn.Module, latents: torch.Tensor, scaling_factor: float)
     return cast(torch.Tensor, vae.decode(latents / scaling_factor, return_dict=False)[0])  # type: ignore[operator]
 
 
+def read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """What `save_pipeline` wrote of the trained models: their parameters by `unet.NAME` and `text_encoder.NAME`.
+
+    The libraries' own loaders patch torch for all threads while they load; this may run beside a model at work.
+    """
+    found: dict[str, torch.Tensor] = {}
+    for part, file in _TRAINED.items():
+        for name, value in load_file(folder / file).items():
+            found[f"{part}.{name.removeprefix(_TEXT_PREFIX) if part == 'text_encoder' else name}"] = value
+    return found
+
+
 def save_pipeline(base: BaseInfo, unet: nn.Module, text_encoder: nn.Module, folder: Path) -> None:
     """Write a complete pipeline that stock diffusers loads.
 
@@ -231,10 +248,9 @@ def save_pipeline(base: BaseInfo, unet: nn.Module, text_encoder: nn.Module, fold
     """
     # The libraries' `save_pretrained` imports DeepSpeed to ask whether the model is an engine.
     weights = {
-        "unet/diffusion_pytorch_model.safetensors": unet.state_dict(),
-        # With the prefix that transformers before 5 needs and later ones drop.
-        "text_encoder/model.safetensors": {
-            f"text_model.{name}": value for name, value in text_encoder.state_dict().items()
+        _TRAINED["unet"]: unet.state_dict(),
+        _TRAINED["text_encoder"]: {
+            f"{_TEXT_PREFIX}{name}": value for name, value in text_encoder.state_dict().items()
         },
     }
     for file in used_files(base.path):

@@ -2,7 +2,7 @@
 
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import ceil
 from typing import Any
 
@@ -11,6 +11,9 @@ from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin
 
 Pixels = NDArray[np.uint8]
+
+Finish = Callable[[Pixels, Mapping[str, Any]], bytes]
+"""Makes the PNG of pixels [H, W, 3] and the parameters that it should carry."""
 
 KEY = "parameters"  # the text chunk that image tools show
 

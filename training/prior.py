@@ -13,12 +13,12 @@ from typing import Any
 
 from cluster.errors import UserError
 from cluster.storage import MANIFEST, Storage, sha256
-from training.draw import DRAW_WIDTH
 from training.latents import ImageSet, Shard
 from training.pipeline import BaseInfo
 from training.prompt import render_prompt
 from training.recipe import Data, Prior
 from training.stream import Pool, draw_pngs
+from training.studio import FORWARD_ROWS
 
 SHARD = 32  # images a Parquet shard holds: what is lost at most when drawing is interrupted
 SEED_SCHEME = "sha256(seed:index)[:6]"
@@ -43,7 +43,7 @@ def prior_spec(base: BaseInfo, prior: Prior, class_noun: str, device: str = "cpu
         "seed_scheme": SEED_SCHEME,
         "dtype": "float32",
         "device": device,
-        "width": DRAW_WIDTH[device],
+        "width": FORWARD_ROWS[device],
         "versions": {name: version(name) for name in ("torch", "diffusers", "transformers")},
     }
 
@@ -165,7 +165,7 @@ def _draw(
         for row in rows:
             places.append((wanted, row["index"]))
             requests.append({**row, "index": len(requests)})
-    for row in draw_pngs(base, requests, pool, DRAW_WIDTH[pool.device]):
+    for row in draw_pngs(base, requests, pool, FORWARD_ROWS[pool.device]):
         wanted, index = places[int(row["index"])]
         wanted.take({"index": index, "png": row["png"]})
         on_image()

@@ -3,7 +3,10 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from cluster.errors import UserError
 from training.recipe import SamplerName
+
+MOST_SIDE = 4  # times the base's own: beyond, memory grows with the fourth power and pictures fall apart
 
 
 @dataclass(frozen=True)
@@ -18,7 +21,30 @@ class DrawRequest:
     """1 is without guidance, and costs half."""
     sampler: SamplerName = "ddim"
     eta: float = 0.0
+    height: int | None = None
+    """Pixels; `None` is the base's own."""
+    width: int | None = None
 
-    def parameters(self, subject: str, base_revision: str) -> dict[str, Any]:
-        """What the PNG of `subject` says of how it was drawn."""
-        return {**asdict(self), "subject": subject, "base_revision": base_revision}
+    def check_size(self, own: int, factor: int) -> None:
+        """Refuse a size that a base cannot draw.
+
+        Args:
+            own: Pixels along a side of the images it was made for.
+            factor: Pixels per latent along a side.
+
+        Raises:
+            UserError: A side is no multiple of what the UNet halves, or is too large.
+        """
+        for name, side in (("height", self.height), ("width", self.width)):
+            if side is not None and (side % (4 * factor) or not 4 * factor <= side <= MOST_SIDE * own):
+                raise UserError(
+                    f"the {name} {side} cannot be drawn",
+                    f"the base draws {own} x {own}",
+                    f"take a multiple of {4 * factor}, at most {MOST_SIDE * own}",
+                )
+
+    def parameters(self, subject: str, base_revision: str, artifact: str = "") -> dict[str, Any]:
+        """What the PNG of `subject` says of how it was drawn; `artifact` is the hash of its weights."""
+        asked = {key: value for key, value in asdict(self).items() if value is not None}
+        by = {"artifact": artifact} if artifact else {}
+        return {**asked, "subject": subject, "base_revision": base_revision, **by}

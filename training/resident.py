@@ -15,7 +15,7 @@ from cluster.storage import Storage
 from training.artifact import open_artifact
 from training.draw import Drawer
 from training.pipeline import encode_image, load_vae, open_base
-from training.png import encode_png
+from training.png import Finish, encode_png
 from training.reading import error_text
 from training.request import DrawRequest
 
@@ -48,9 +48,18 @@ class EncodeWorker:
 class DrawWorker:
     """A `Drawer` of one base that wears one subject after another; a subject that cannot be worn fails alone."""
 
-    def __init__(self, model: str, revision: str | None, device: str, width: int, storage_uri: str) -> None:
+    def __init__(
+        self,
+        model: str,
+        revision: str | None,
+        device: str,
+        width: int,
+        storage_uri: str,
+        finish: Finish = encode_png,
+    ) -> None:
         self.drawer = Drawer(open_base(model, revision), device=device, width=width)
         self.storage_uri = storage_uri
+        self.finish = finish
         self.worn = ("", "")
         self.failed: dict[tuple[str, str], str] = {}  # a damaged artifact is not read again for every batch
 
@@ -74,9 +83,9 @@ class DrawWorker:
 
     def _draw(self, name: str, version: str, label: str, requests: list[DrawRequest]) -> list[bytes]:
         self._wear(name, version)
-        revision = self.drawer.base.revision
+        by = (label, self.drawer.base.revision, self.drawer.artifact)
         return [
-            encode_png(image, request.parameters(label, revision) if label else None)
+            self.finish(image, request.parameters(*by)) if label else encode_png(image)
             for request, image in zip(requests, self.drawer.draw(requests), strict=True)
         ]
 

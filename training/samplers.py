@@ -28,16 +28,18 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class SamplerTable:
-    """One sampler with one number of steps. The first x is noise of unit variance."""
+    """One sampler with one number of steps. The first x is noise of unit variance times `start`."""
 
-    timesteps: Ints
-    """[n], falling: where the model is asked."""
+    timesteps: Floats
+    """[n], falling: where the model is asked; of `euler` they may lie between two of the base's."""
     alphas: Floats
     """[n]: `alphas_cumprod` there."""
     coefficients: Floats
     """[n, 4]: c_x, c_0, c_1, c_n of each step."""
     stochastic: bool
     """Whether each step draws noise."""
+    start: float = 1.0
+    """Of `euler` a little less than 1 where its first step is not the base's last."""
 
     def __len__(self) -> int:
         return len(self.timesteps)
@@ -49,7 +51,7 @@ def sampler_table(
     """The table of a sampler for a base.
 
     Args:
-        name: `ddim`, or `dpm++2m` (DPM-Solver++, order 2, multistep, midpoint).
+        name: `ddim`, `euler`, or `dpm++2m` (DPM-Solver++, order 2, multistep, midpoint).
         steps: Denoising steps, 1 to the base's number of timesteps.
         scheduler: The base's scheduler config; timesteps are spaced as it says.
         eta: Of `ddim`: 0 is deterministic, 1 adds as much noise as DDPM.
@@ -72,7 +74,9 @@ def sampler_table(
         return _ddim(steps, scheduler, alphas, eta)
     if name == "dpm++2m":
         return _dpmpp_2m(steps, scheduler, alphas)
-    raise UserError(f"there is no sampler {name!r}", "", "use ddim or dpm++2m")
+    if name == "euler":
+        return _euler(steps, scheduler, alphas)
+    raise UserError(f"there is no sampler {name!r}", "", "use ddim, euler or dpm++2m")
 
 
 def advance(
@@ -105,7 +109,35 @@ def _ddim(steps: int, scheduler: Mapping[str, Any], alphas: Floats, eta: float) 
     sigma = eta * np.sqrt((1 - a_next) / (1 - a) * (1 - a / a_next))
     c_x = np.sqrt(np.maximum(1 - a_next - sigma**2, 0) / (1 - a))
     c_0 = np.sqrt(a_next) - c_x * np.sqrt(a)
-    return SamplerTable(t, a, np.stack([c_x, c_0, np.zeros(len(t)), sigma], axis=1), eta > 0)
+    rows = np.stack([c_x, c_0, np.zeros(len(t)), sigma], axis=1)
+    return SamplerTable(t.astype(np.float64), a, rows, eta > 0)
+
+
+def _euler(steps: int, scheduler: Mapping[str, Any], alphas: Floats) -> SamplerTable:
+    """Euler's method on the noise level sigma, of which x / sqrt(1 + sigma^2) is our x.
+
+    Source: Elucidating the design space (arXiv 2206.00364) algorithm 1 without noise, as k-diffusion and diffusers
+    space it.
+    """
+    total, alphas = len(alphas), np.maximum(alphas, 2.0**-24)  # as diffusers bounds a terminal SNR of zero
+    offset = int(scheduler.get("steps_offset", 0))
+    spacing = scheduler.get("timestep_spacing", "linspace")
+    t: NDArray[Any]
+    if spacing == "linspace":
+        t = np.linspace(0, total - 1, steps)[::-1]
+    elif spacing == "leading":
+        t = np.arange(steps)[::-1] * float(total // steps) + offset
+    else:
+        t = _trailing(steps, total, spacing).astype(np.float64)
+    t = t.astype(np.float32).astype(np.float64)  # what the model is asked is in single precision
+    levels = np.sqrt((1 - alphas) / alphas)
+    sigma = np.interp(t, np.arange(total), levels)
+    after = np.append(sigma[1:], 0.0)
+    size, size_after = np.sqrt(1 + sigma**2), np.sqrt(1 + after**2)
+    c_x, c_0 = after / sigma * size / size_after, (1 - after / sigma) / size_after
+    rows = np.stack([c_x, c_0, np.zeros(steps), np.zeros(steps)], axis=1)
+    start = 1.0 if spacing == "leading" else float(sigma[0] / size[0])
+    return SamplerTable(t, 1 / size**2, rows, stochastic=False, start=start)
 
 
 def _dpmpp_2m(steps: int, scheduler: Mapping[str, Any], alphas: Floats) -> SamplerTable:
@@ -132,7 +164,7 @@ def _dpmpp_2m(steps: int, scheduler: Mapping[str, Any], alphas: Floats) -> Sampl
         order_2 = 0 < i < len(t) - 1 and log_snr[i] > log_snr[i - 1]
         slope = 0.5 * gain * h / (log_snr[i] - log_snr[i - 1]) if order_2 else 0.0
         rows.append([spread[i + 1] / spread[i], gain + slope, -slope, 0.0])
-    return SamplerTable(t, a, np.array(rows, dtype=np.float64), stochastic=False)
+    return SamplerTable(t.astype(np.float64), a, np.array(rows, dtype=np.float64), stochastic=False)
 
 
 def _trailing(steps: int, total: int, spacing: str) -> NDArray[Any]:

@@ -12,13 +12,13 @@ import torch.distributed as dist
 from torch import nn
 
 from training.batches import Batches
-from training.draw import DRAW_WIDTH, pixels
 from training.engine import TrainingEngine
 from training.lease import Lease
 from training.pipeline import BaseInfo, encode_text, load_vae, predict
 from training.png import encode_png, grid
 from training.samplers import advance, sampler_table
 from training.schedule import NoiseSchedule
+from training.studio import FORWARD_ROWS, pixels
 
 
 class Samples:
@@ -63,7 +63,7 @@ class Samples:
         cells = [(prompt, seed) for prompt in range(prompts) for seed in range(seeds)]
         each = -(-len(cells) // self._world)
         mine = cells[self._rank * each : (self._rank + 1) * each]
-        width = DRAW_WIDTH[self._device.type]
+        width = FORWARD_ROWS[self._device.type] // len(scales)
         for number, scale in enumerate(scales):
             for start in range(0, each, width):
                 chunk = mine[start : start + width]

@@ -21,6 +21,7 @@ from cluster.errors import RayboothError, SystemFailure, failure_of
 from cluster.storage import Storage
 from training.latents import ImageSet, latent_path, missing_shards, write_latents
 from training.pipeline import BaseInfo
+from training.png import Finish, encode_png
 from training.reading import ReadImages
 from training.resident import DrawWorker, EncodeWorker
 
@@ -145,7 +146,12 @@ def draw_pngs(
 
 
 def draw_grouped(
-    base: BaseInfo, requests: Sequence[Row], pool: Pool, width: int, storage_uri: str = ""
+    base: BaseInfo,
+    requests: Sequence[Row],
+    pool: Pool,
+    width: int,
+    storage_uri: str = "",
+    finish: Finish = encode_png,
 ) -> Iterator[Row]:
     """Images of many subjects in one pipeline, whose actors keep the base and load each subject at most once.
 
@@ -156,6 +162,7 @@ def draw_grouped(
         pool: Number and size of the actors.
         width: The drawer's width: images per forward.
         storage_uri: Root that holds the artifacts.
+        finish: Makes the PNGs of images with a label; survives pickling.
 
     Yields:
         Rows of `index`, `png` and `error`, subject by subject in the order of their first requests, and each subject's
@@ -173,7 +180,12 @@ def draw_grouped(
         for who, asked in subjects.items()
         for start in range(0, len(asked), width)
     ]
-    arguments = {**_worker_arguments(base, pool), "width": width, "storage_uri": storage_uri}
+    arguments = {
+        **_worker_arguments(base, pool),
+        "width": width,
+        "storage_uri": storage_uri,
+        "finish": finish,
+    }
     yield from map_resident(groups, DrawWorker, arguments, pool, 1)
 
 

@@ -93,7 +93,7 @@ def image(**changes: Any) -> Image:
 
 def png_of(which: Image) -> bytes:
     pixels = torch.randint(0, 255, (16, 16, 3), generator=torch.Generator().manual_seed(which.seed))
-    return encode_png(pixels.byte().numpy(), which.request.parameters(which.label, which.base_revision))
+    return encode_png(pixels.byte().numpy(), which.parameters)
 
 
 def rows_of(storage: Storage, path: str) -> list[dict[str, Any]]:

@@ -8,10 +8,10 @@ from torch import nn
 
 from cluster.errors import UserError
 from cluster.registry import Registry
-from cluster.storage import Storage, manifest_hash
+from cluster.storage import Storage
 from serving.generate import GenerateResult, generate
 from serving.provenance import NO_ROOM
-from training.artifact import FORMAT, KIND, Identity, artifact_path, write_weights
+from training.artifact import FORMAT, KIND, Identity, artifact_hash, artifact_path, write_weights
 from training.lora import attach
 from training.pipeline import load_text_encoder, load_unet, open_base
 from training.png import decode_png, png_parameters
@@ -79,7 +79,7 @@ def test_a_png_says_how_it_was_drawn(rex: Storage, tmp_path: Path, tiny_base: Pa
         "eta": 0.0,
         "subject": "rex-v1",
         "base_revision": open_base(str(tiny_base)).revision,
-        "artifact": manifest_hash(rex.manifest(artifact_path("rex", "v1")) or {}),
+        "artifact": artifact_hash(rex.manifest("artifacts/rex/v1") or {}),
         "watermark": NO_ROOM,
     }
 

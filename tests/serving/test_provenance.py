@@ -12,10 +12,11 @@ from PIL import Image
 
 from cluster.errors import SystemFailure, UserError
 from cluster.registry import Registry
-from cluster.storage import Storage, manifest_hash
+from cluster.storage import Storage
 from serving.credentials import CREATED_BY_A_MODEL, DEVELOPMENT, Credentials, open_credentials, read_manifest
 from serving.inspection import artifacts_with, inspect_picture
 from serving.provenance import NO_ROOM, TURNED_OFF, Provenance
+from training.artifact import artifact_hash
 from training.png import Pixels, decode_png, encode_png, png_parameters
 
 HASH = "0f3a9c71" + "5b" * 28
@@ -160,6 +161,6 @@ def test_a_tag_leads_to_the_artifact(storage: Storage, tmp_path: Path) -> None:
     (weights / "w.bin").write_bytes(b"weights")
     manifest = storage.publish(weights, "artifacts/rex/v1", {"kind": "test"})
     Registry(storage).add("rex", "v1", {"artifact": "artifacts/rex/v1", "fingerprint": "f"})
-    tag = manifest_hash(manifest)[:8]
+    tag = artifact_hash(manifest)[:8]
     assert artifacts_with(storage, tag) == artifacts_with(storage, tag[:4]) == ["rex@v1"]
     assert artifacts_with(storage, "00000000") == []

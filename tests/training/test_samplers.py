@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
+from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
 
 from cluster.errors import UserError
 from training.samplers import advance, sampler_table
@@ -83,8 +84,38 @@ def test_dpmpp_2m_is_diffusers_multistep_solver(spacing: str, prediction_type: s
     assert distance(ours("dpm++2m", steps, config, 0.0, 3), theirs(reference, steps, 3)) < TOLERANCE
 
 
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("steps", [1, 2, 7, 25, 50])
+def test_euler_is_diffusers_euler(spacing: str, prediction_type: str, steps: int) -> None:
+    config = {**CONFIG, "timestep_spacing": spacing, "prediction_type": prediction_type}
+    schedule, table = NoiseSchedule.from_config(config), sampler_table("euler", steps, config)
+    scheduler = EulerDiscreteScheduler.from_config(DDIMScheduler(**config).config)
+    scheduler.set_timesteps(steps)
+    assert np.array_equal(table.timesteps, scheduler.timesteps.numpy())
+    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    x, theirs = noise * table.start, noise * scheduler.init_noise_sigma
+    x0 = torch.zeros_like(x)
+    for i, t in enumerate(scheduler.timesteps):
+        alpha = torch.tensor(table.alphas[i : i + 1].repeat(2), dtype=torch.float32)
+
+        def says(x: torch.Tensor) -> torch.Tensor:
+            """What a model says that knows data of unit variance, and a wave that it learnt."""
+            return (1 - alpha[0]) ** 0.5 * x + 0.5 * torch.sin(1.7 * x + 0.003 * t)  # noqa: B023
+
+        theirs = scheduler.step(says(scheduler.scale_model_input(theirs, t)), t, theirs).prev_sample
+        x0, previous = schedule.clean(says(x), x, alpha), x0
+        x = advance(x, x0, previous, torch.zeros_like(x), torch.tensor(table.coefficients[i]).repeat(2, 1))
+        level = float(scheduler.sigmas[i + 1])
+        assert float((x * (1 + level**2) ** 0.5 - theirs).abs().max()) < 5e-5 * (1 + level)
+
+
 def test_a_config_that_names_no_spacing_gets_each_schedulers_own() -> None:
-    pairs: list[tuple[Any, Any]] = [("ddim", DDIMScheduler), ("dpm++2m", DPMSolverMultistepScheduler)]
+    pairs: list[tuple[Any, Any]] = [
+        ("ddim", DDIMScheduler),
+        ("euler", EulerDiscreteScheduler),
+        ("dpm++2m", DPMSolverMultistepScheduler),
+    ]
     for name, scheduler in pairs:
         known = {k: v for k, v in CONFIG.items() if k in scheduler().config}
         reference = scheduler.from_config(known)
@@ -104,7 +135,7 @@ def test_a_terminal_snr_of_zero_stays_finite(name: Any) -> None:
     assert distance(states, theirs(scheduler, 20, 3)) < 1e-3
 
 
-@pytest.mark.parametrize("name", ["ddim", "dpm++2m"])
+@pytest.mark.parametrize("name", ["ddim", "euler", "dpm++2m"])
 def test_as_many_steps_as_timesteps_stay_finite(name: Any) -> None:
     assert np.isfinite(sampler_table(name, 1000, CONFIG).coefficients).all()
 
@@ -116,7 +147,8 @@ def test_as_many_steps_as_timesteps_stay_finite(name: Any) -> None:
         ("ddim", 1001, 0.0, "1 to 1000"),
         ("ddim", 10, 1.5, "eta 1.5"),
         ("dpm++2m", 10, 0.5, "ddim only"),
-        ("euler", 10, 0.0, "'euler'"),
+        ("heun", 10, 0.0, "'heun'"),
+        ("euler", 10, 0.5, "ddim only"),
     ],
 )
 def test_what_cannot_take_effect_is_refused(name: Any, steps: int, eta: float, said: str) -> None:

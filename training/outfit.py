@@ -1,0 +1,120 @@
+"""This file is where an artifact becomes what a row wears while it is drawn: adapters, or weights of its own.
+
+Adapters of linear layers are worn row by row, many subjects in one forward pass. Everything else (a `full` artifact,
+an adapted convolution) is weights that a forward pass has for all of its rows, kept as what differs from the base.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from cluster.errors import SystemFailure, UserError
+from training.lora import FILE as LORA_FILE
+from training.lora import LayerFactors, read_lora
+from training.pipeline import BaseInfo, read_weights
+from training.row_linear import Adapter, Factors
+
+Models = Mapping[str, nn.Module]
+"""`unet` and `text_encoder`, for the kinds and shapes of their layers."""
+Weights = Mapping[str, torch.Tensor]
+"""Parameters by `unet.NAME` and `text_encoder.NAME`."""
+
+
+@dataclass(frozen=True, eq=False)
+class Outfit:
+    """What rows of one artifact wear. Two of them are the same only if they are one object."""
+
+    unet: Adapter = field(default_factory=dict)
+    text: Adapter = field(default_factory=dict)
+    weights: Weights = field(default_factory=dict)
+    """Whole parameters in place of the base's; only rows that have the same ones share a forward pass."""
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that it takes."""
+        factors = (f.nbytes for adapter in (self.unet, self.text) for f in adapter.values())
+        return sum(factors) + sum(t.nbytes for t in self.weights.values())
+
+
+PLAIN = Outfit()
+"""What rows of the pristine base wear."""
+
+
+def read_outfit(
+    base: BaseInfo, models: Models, pristine: Weights, folder: Path, manifest: Mapping[str, Any] | None
+) -> Outfit:
+    """Read an artifact into memory; the models are left as they are.
+
+    Args:
+        base: What it must have been trained from.
+        models: That will wear it.
+        pristine: The base's parameters.
+        folder: Of the artifact, local, its files checked.
+        manifest: The artifact's; `None` trusts that it fits.
+
+    Raises:
+        UserError: It was trained from another base.
+        SystemFailure: It does not fit the base.
+    """
+    trained_from = manifest["base"]["revision"] if manifest else base.revision
+    if trained_from != base.revision:
+        raise UserError(
+            "the artifact was trained from another base",
+            f"from revision {trained_from}, and {base.model} is {base.revision}",
+            "draw it with the base it was trained from",
+        )
+    if (folder / LORA_FILE).is_file():
+        return _of_lora(models, pristine, folder)
+    whole = read_weights(folder)
+    misfits = [
+        name
+        for name in sorted(whole.keys() | pristine.keys())
+        if name not in whole or name not in pristine or whole[name].shape != pristine[name].shape
+    ]
+    if misfits:
+        raise SystemFailure(f"{folder} does not fit the base", f"{misfits[0]} and {len(misfits) - 1} more")
+    return Outfit(
+        weights={name: value for name, value in whole.items() if not torch.equal(value, pristine[name].cpu())}
+    )
+
+
+def _of_lora(models: Models, pristine: Weights, folder: Path) -> Outfit:
+    adapters: dict[str, dict[str, Factors]] = {"unet": {}, "text_encoder": {}}
+    weights: dict[str, torch.Tensor] = {}
+    for part, layers in read_lora(folder).items():
+        modules = dict(models[part].named_modules())
+        for name, factors in layers.items():
+            module = modules.get(name)
+            _check(module, factors, f"{part}.{name}", folder)
+            if len(factors.a.shape) == 2:
+                adapters[part][name] = Factors.of(factors.a, factors.b, factors.scale)
+            else:
+                weight = f"{part}.{name}.weight"
+                weights[weight] = _merged(pristine[weight].cpu(), factors)
+    return Outfit(adapters["unet"], adapters["text_encoder"], weights)
+
+
+def _check(module: nn.Module | None, factors: LayerFactors, name: str, folder: Path) -> None:
+    weight = getattr(module, "weight", None)
+    fits = (
+        isinstance(weight, torch.Tensor)
+        and len(factors.a.shape) == len(weight.shape)
+        and factors.a.shape[1:] == weight.shape[1:]
+        and factors.b.shape[0] == weight.shape[0]
+    )
+    if not fits:
+        there = tuple(weight.shape) if isinstance(weight, torch.Tensor) else "nothing"
+        raise SystemFailure(
+            f"{folder / LORA_FILE} does not fit the base",
+            f"{name}: A {tuple(factors.a.shape)} and B {tuple(factors.b.shape)} for {there}",
+        )
+
+
+def _merged(weight: torch.Tensor, factors: LayerFactors) -> torch.Tensor:
+    """The weight of a convolution with its adapter in it."""
+    change = torch.einsum("or,r...->o...", factors.b.flatten(1), factors.a)
+    return weight + factors.scale * change

@@ -1,0 +1,238 @@
+"""This file is where images are denoised: a fixed number of rows in a forward pass, each with everything its own.
+
+Rows may differ in prompt, seed, timestep, sampler, number of steps, guidance and adapter; they may join and leave
+between two steps. A row's bits depend on its request, on what it wears and on W alone, neither on its neighbours nor
+on when it joined: the UNet always sees W rows, each prompt is encoded alone, and each image decoded alone.
+
+W rows of a forward, C latent channels, H W latent size, L tokens, D text width.
+"""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from training.outfit import PLAIN, Outfit, Weights, read_outfit
+from training.pipeline import (
+    BaseInfo,
+    decode_latents,
+    encode_text,
+    load_text_encoder,
+    load_tokenizer,
+    load_unet,
+    load_vae,
+    predict,
+    token_ids,
+)
+from training.request import DrawRequest
+from training.row_linear import RowAdapters
+from training.samplers import SamplerTable, advance, sampler_table
+from training.schedule import NoiseSchedule
+
+# Parameters of a UNet below which threads wait for each other longer than they work (pocket: 10 s on two, 3 s on one)
+SMALL = 50_000_000
+# W, part of what the bits depend on. A guided image takes two rows.
+FORWARD_ROWS = {"cpu": 8, "cuda": 16}
+PROMPTS_KEPT = 256  # encoded prompts of each subject
+
+
+@dataclass(eq=False)
+class Row:
+    """One image on its way. `None` is not yet: it becomes so when the row first takes part in a step."""
+
+    request: DrawRequest
+    outfit: Outfit
+    table: SamplerTable
+    generator: torch.Generator
+    x: torch.Tensor
+    """[C, H, W] latents."""
+    x0: torch.Tensor
+    """[C, H, W]: the clean latents that the model implied in the last step."""
+    step: int = 0
+    texts: list[torch.Tensor] = field(default_factory=list)
+    """Hidden states [1, L, D] of its forward rows: of the negative prompt, if it is guided, and of the prompt."""
+
+    @property
+    def cost(self) -> int:
+        """Rows of a forward pass that it takes."""
+        return cost(self.request)
+
+    @property
+    def done(self) -> bool:
+        """Whether it has all of its steps."""
+        return self.step == len(self.table)
+
+
+def cost(request: DrawRequest) -> int:
+    """Rows of a forward pass that an image takes: two with guidance, one without."""
+    return 1 if request.guidance == 1.0 else 2
+
+
+class Studio:
+    """The models of one base, resident, that denoise rows.
+
+    Args:
+        base: What is drawn with.
+        device: `cpu`, `cuda`, or `auto`.
+        width: W; `None` takes the device's (`FORWARD_ROWS`).
+    """
+
+    def __init__(self, base: BaseInfo, device: str = "auto", width: int | None = None) -> None:
+        self.base = base
+        self.device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+        self.width = width or FORWARD_ROWS[torch.device(self.device).type]
+        if self.width < 2:
+            raise ValueError("a guided image takes two rows")
+        self.unet, self.text_encoder = load_unet(base), load_text_encoder(base)
+        if self.device == "cpu" and sum(p.numel() for p in self.unet.parameters()) < SMALL:
+            torch.set_num_threads(1)
+        self.models = {"unet": self.unet.to(self.device), "text_encoder": self.text_encoder.to(self.device)}
+        self.vae = load_vae(base).to(self.device)
+        self.schedule = NoiseSchedule.from_config(base.scheduler)
+        self._tokenizer, self._tokenizing = load_tokenizer(base), threading.Lock()
+        self._parameters = {
+            f"{part}.{name}": parameter
+            for part, model in self.models.items()
+            for name, parameter in model.named_parameters()
+        }
+        self._pristine: Weights = {name: p.data for name, p in self._parameters.items()}
+        self._weights = PLAIN.weights
+        self._adapters = RowAdapters(self.unet, self.width)
+        self._text_adapters = RowAdapters(self.text_encoder, 1)
+        self._texts: WeakKeyDictionary[Outfit, OrderedDict[str, torch.Tensor]] = WeakKeyDictionary()
+        self._places: list[Row] = []  # the rows of the last forward pass
+        self._text = torch.zeros(0)
+
+    def read(self, folder: Path, manifest: Mapping[str, Any] | None) -> Outfit:
+        """What rows of an artifact wear; raises as `read_outfit`. Any thread may call it."""
+        return read_outfit(self.base, self.models, self._pristine, folder, manifest)
+
+    def check(self, request: DrawRequest) -> SamplerTable:
+        """The steps of an image, if it can be drawn. Any thread may call it.
+
+        Raises:
+            UserError: A prompt is too long, the sampler cannot do what is asked, or the size cannot be had.
+        """
+        for prompt in (request.prompt, request.negative_prompt):
+            self._ids(prompt)
+        request.check_size(self.base.image_size, self.base.vae_factor)
+        return sampler_table(request.sampler, request.steps, self.base.scheduler, request.eta)
+
+    def row(self, request: DrawRequest, outfit: Outfit) -> Row:
+        """An image before its first step; raises as `check`."""
+        table = self.check(request)
+        height, width = (side or self.base.image_size for side in (request.height, request.width))
+        factor = self.base.vae_factor
+        shape = (self.base.latent_channels, height // factor, width // factor)
+        generator = torch.Generator("cpu").manual_seed(request.seed)
+        x = torch.randn(shape, generator=generator).to(self.device)
+        if table.start != 1.0:
+            x = x * table.start
+        return Row(request, outfit, table, generator, x, torch.zeros_like(x))
+
+    @torch.inference_mode()
+    def step(self, rows: Sequence[Row]) -> None:
+        """Take each row one step further.
+
+        Args:
+            rows: Some that take W rows of a forward pass at most, all of one size and with the same whole weights.
+        """
+        self._wear(rows[0].outfit.weights)
+        places = [i for i, row in enumerate(rows) for _ in range(row.cost)]
+        places += [places[-1]] * (self.width - len(places))  # padding
+        if rows != self._places:
+            self._take_places(rows, places)
+        now = [(float(r.table.timesteps[r.step]), float(r.table.alphas[r.step])) for r in rows]
+        x = torch.stack([row.x for row in rows])
+        timesteps = torch.tensor([now[i][0] for i in places], dtype=torch.float32, device=self.device)
+        output = predict(self.unet, x[places], timesteps, self._text)
+        first = [places.index(i) for i in range(len(rows))]
+        last = [start + row.cost - 1 for start, row in zip(first, rows, strict=True)]
+        scale = torch.tensor([row.request.guidance for row in rows], device=self.device).reshape(-1, 1, 1, 1)
+        without, conditioned = output[first], output[last]
+        output = without + scale * (conditioned - without)
+        alphas = torch.tensor([alpha for _, alpha in now], dtype=torch.float32, device=self.device)
+        x0 = self.schedule.clean(output, x, alphas)
+        noise = torch.stack([_noise(row) for row in rows]).to(self.device)
+        coefficients = torch.tensor(
+            np.stack([row.table.coefficients[row.step] for row in rows]), dtype=torch.float32
+        )
+        previous = torch.stack([row.x0 for row in rows])
+        x = advance(x, x0, previous, noise, coefficients.to(self.device))
+        for i, row in enumerate(rows):
+            row.x, row.x0, row.step = x[i], x0[i], row.step + 1
+
+    @torch.inference_mode()
+    def rest(self) -> None:
+        """Take everything off: nothing of a subject is kept for want of another one."""
+        if self._places:
+            self._adapters.wear([PLAIN.unet] * self.width)
+            self._text_adapters.wear([PLAIN.text])
+            self._wear(PLAIN.weights)
+            self._places, self._text = [], torch.zeros(0)
+
+    @torch.inference_mode()
+    def pixels(self, latents: torch.Tensor) -> NDArray[np.uint8]:
+        """The image [height, width, 3] uint8 of scaled latents [C, H, W], decoded alone."""
+        return pixels(self.vae, latents, self.base.scaling_factor)
+
+    def _take_places(self, rows: Sequence[Row], places: Sequence[int]) -> None:
+        """Have every place of the forward pass its row's adapter and text."""
+        for row in rows:
+            if not row.texts:
+                prompts = [row.request.prompt]
+                if row.cost == 2:
+                    prompts.insert(0, row.request.negative_prompt)
+                row.texts = [self._encoded(prompt, row.outfit) for prompt in prompts]
+        self._adapters.wear([rows[i].outfit.unet for i in places])
+        texts = [text for row in rows for text in row.texts]
+        self._text = torch.cat(texts + [texts[-1]] * (self.width - len(texts)))
+        self._places = list(rows)
+
+    def _encoded(self, prompt: str, outfit: Outfit) -> torch.Tensor:
+        """Hidden states [1, L, D] of a prompt; the outfit's weights are worn."""
+        of_base = not outfit.text and not any(name.startswith("text_encoder.") for name in outfit.weights)
+        kept = self._texts.setdefault(PLAIN if of_base else outfit, OrderedDict())
+        if prompt not in kept:
+            self._text_adapters.wear([outfit.text])
+            kept[prompt] = encode_text(self.text_encoder, self._ids(prompt).to(self.device))
+            if len(kept) > PROMPTS_KEPT:
+                kept.popitem(last=False)
+        kept.move_to_end(prompt)
+        return kept[prompt]
+
+    def _ids(self, prompt: str) -> torch.Tensor:
+        with self._tokenizing:  # a tokenizer is borrowed by one thread at a time
+            return token_ids(self._tokenizer, [prompt], self.base.token_limit)
+
+    def _wear(self, weights: Weights) -> None:
+        """Give the models these parameters in place of the base's."""
+        if weights is self._weights:
+            return
+        for name in self._weights.keys() - weights.keys():
+            self._parameters[name].data = self._pristine[name]
+        for name, value in weights.items():
+            self._parameters[name].data = value.to(self.device)
+        self._weights = weights
+
+
+def pixels(vae: nn.Module, latents: torch.Tensor, scaling_factor: float) -> NDArray[np.uint8]:
+    """The image [height, width, 3] uint8 of one row [C, H, W] of scaled latents, rounded as diffusers rounds."""
+    image = decode_latents(vae, latents[None], scaling_factor)[0]
+    unit = (image / 2 + 0.5).clamp(0, 1).permute(1, 2, 0).float().cpu().numpy()
+    return (unit * 255).round().astype(np.uint8)
+
+
+def _noise(row: Row) -> torch.Tensor:
+    """What a step of the row adds, [C, H, W]."""
+    if not row.table.stochastic:
+        return torch.zeros(row.x.shape)
+    return torch.randn(row.x.shape, generator=row.generator)
