@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from cluster.errors import RayboothError, SystemFailure, UserError
 from serving.verdict import Verdict
-from training.png import Pixels
+from training.png import Finish, Pixels
 
 TIMEOUT_S = 5.0  # a word list takes microseconds, a classifier on a CPU one second
 MAX_STUCK = (
@@ -181,6 +181,16 @@ class SafetyGuard:
     def _count(self, subject: str, outcome: str, reason: str) -> None:
         with self._lock:
             self._counts[subject, outcome, reason] += 1
+
+
+def guarded(guard: SafetyGuard, finish: Finish) -> Finish:
+    """What makes the PNG of an image that is allowed, and raises for one that is not."""
+
+    def checked(pixels: Pixels, facts: Mapping[str, Any]) -> bytes:
+        guard.image(pixels)
+        return finish(pixels, facts)
+
+    return checked
 
 
 class _Call:

@@ -12,6 +12,9 @@ from PIL import Image, PngImagePlugin
 
 Pixels = NDArray[np.uint8]
 
+Finish = Callable[[Pixels, Mapping[str, Any]], bytes]
+"""Makes the PNG of pixels [H, W, 3] and the parameters that it should carry."""
+
 KEY = "parameters"  # the text chunk that image tools show
 
 

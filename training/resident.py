@@ -78,6 +78,7 @@ class DrawWorker:
         self.finish = finish
         self.drawer = Drawer(open_base(model, revision), device=device, width=width)
         self.storage_uri = storage_uri
+        self.finish = finish
         self.worn = ("", "")
         self.failed: dict[tuple[str, str], str] = {}  # a damaged artifact is not read again for every batch
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from cluster.errors import UserError
-from serving.safety import MAX_STUCK, SafetyGuard, SafetySettings, SafetyUnavailable, Unsafe
+from serving.safety import MAX_STUCK, SafetyGuard, SafetySettings, SafetyUnavailable, Unsafe, guarded
 from serving.verdict import ALLOWED, Verdict
 from serving.wordlist import WordList, word_list
 from training.png import Pixels
@@ -62,6 +62,18 @@ def test_one_refusal_is_enough_and_says_its_reason() -> None:
         guard.image(IMAGE)
     assert (refused.value.subject, refused.value.reason) == ("image", "gore")
     assert guard.counts()["image", "refused", "gore"] == 1
+
+
+def test_no_png_is_made_of_an_image_that_is_not_allowed() -> None:
+    made: list[str] = []
+    for answer in (Verdict(False, "gore"), RuntimeError("gone"), ALLOWED):
+        finish = guarded(SafetyGuard({"a": Says(answer)}), lambda pixels, facts: made.append("png") or b"png")
+        if answer is ALLOWED:
+            assert finish(IMAGE, {}) == b"png"
+        else:
+            with pytest.raises((Unsafe, SafetyUnavailable)):
+                finish(IMAGE, {})
+    assert made == ["png"]
 
 
 @pytest.mark.parametrize(
