@@ -80,7 +80,6 @@ def inspect_picture(data: bytes, name: str, anchors: str = "") -> Inspection:
 
 def artifacts_with(storage: Storage, tag: str) -> list[str]:
     """The registered versions, `NAME@VERSION`, whose artifact's hash begins as a watermark's tag says."""
-    from training.artifact import artifact_hash  # it brings torch, which the rest does without
 
     registry = Registry(storage)
     found = []
