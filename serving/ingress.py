@@ -3,6 +3,7 @@
 It imports neither torch nor Ray. Whoever draws, trains and deletes is handed in.
 """
 
+import socket
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -22,8 +23,12 @@ from serving.door import Door
 from serving.envelope import LOG, Envelope
 from serving.health_routes import health_routes
 from serving.openai_routes import openai_routes
+from serving.outbound import Outbound, Resolve
+from serving.prediction_routes import prediction_routes
+from serving.prediction_work import PredictionWork
 from serving.protocol import Artist
 from serving.settings import ServingSettings
+from serving.webhooks import WebhookSecrets
 
 ABOUT = (
     "Guided images of any trained subject, drawn step by step together. OpenAI's images contract, predictions and \
@@ -37,6 +42,7 @@ def create_app(
     storage: Storage,
     artist: Artist,
     clock: Callable[[], float] = time.time,
+    resolve: Resolve = socket.getaddrinfo,
 ) -> FastAPI:
     """The ingress, as an ASGI application.
 
@@ -45,12 +51,20 @@ def create_app(
         storage: The root that holds the registry, the keys, and what the ingress keeps.
         artist: Draws.
         clock: Seconds since the epoch.
+        resolve: Resolves the names of webhooks.
     """
     booth = Booth.of(settings, storage, artist, clock)
+    hooks, outbound = WebhookSecrets(storage, clock), Outbound(settings.outward, resolve)
+    work = PredictionWork(booth, hooks, outbound)
 
     @asynccontextmanager
     async def living(_: FastAPI) -> AsyncIterator[None]:
-        yield
+        await work.start()
+        try:
+            yield
+        finally:
+            await work.close()
+            outbound.close()
 
     app = FastAPI(
         title="raybooth",
@@ -61,6 +75,7 @@ def create_app(
         redoc_url=None,
     )
     app.include_router(openai_routes(booth))
+    app.include_router(prediction_routes(booth, work, hooks, outbound))
     app.include_router(health_routes(booth))
     app.add_middleware(Door, settings=settings, keys=booth.keys, clock=clock)
     limits = settings.limits
