@@ -293,10 +293,10 @@ def serve(subjects: Storage, artist: DrawerArtist, base: BaseInfo, clock: Time) 
     """Starts an ingress over the subjects, with settings; gives its clients."""
     with ExitStack() as stack:
 
-        def start(*, at: Callable[[], float] = clock, **settings: Any) -> Clients:
-            app = create_app(settings_for(base, **settings), subjects, artist, clock=at)
+        def start(*, trainer: Any = None, eraser: Any = None, **settings: Any) -> Clients:
+            app = create_app(settings_for(base, **settings), subjects, artist, trainer, eraser, clock)
             inner = stack.enter_context(ExitStack())
-            clients = Clients(inner.enter_context(serving(app)), Keys(subjects, at), inner.close)
+            clients = Clients(inner.enter_context(serving(app)), Keys(subjects, clock), inner.close)
             inner.callback(clients.close)
             return clients
 
