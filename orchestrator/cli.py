@@ -11,6 +11,7 @@ from orchestrator.cli_batch import batch
 from orchestrator.cli_campaign import app as campaign_app
 from orchestrator.cli_draw import demo, generate
 from orchestrator.cli_inspect import inspect
+from orchestrator.cli_keys import app as keys_app
 from orchestrator.cli_prior import app as prior_app
 from orchestrator.cli_subjects import app as subjects_app
 from orchestrator.cli_train import doctor, plan, schema, train
@@ -49,6 +50,7 @@ app.command()(batch)
 app.add_typer(campaign_app, name="campaign")
 app.add_typer(subjects_app, name="subjects")
 app.add_typer(prior_app, name="prior")
+app.add_typer(keys_app, name="keys")
 app.command()(plan)
 app.command()(schema)
 app.command()(demo)

@@ -125,6 +125,45 @@ def rollback(
         output.say(f"{name}: {output.result['aliases']['champion']} is champion again")
 
 
+@app.command()
+def delete(
+    name: SubjectName,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    storage: StorageOption = "",
+    ledger: Annotated[
+        str,
+        typer.Option("--ledger", envvar="RAYBOOTH_LEDGER", help="Database of campaigns.", metavar="URI"),
+    ] = "",
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Delete a subject: photos, latents, checkpoints, artifacts, images, records. A receipt lists what went.
+
+    Example:
+
+      raybooth subjects delete rex --yes
+    """
+    with reporting(as_json, debug) as output:
+        from dataclasses import asdict
+
+        from cluster.storage import Storage
+        from orchestrator.erasure import Erasure
+        from orchestrator.ledger import ledger_uri
+
+        root = Storage(storage_root(storage))
+        if not yes:
+            typer.confirm(f"Delete everything of {name}? It cannot be undone", abort=True, err=True)
+        receipt = Erasure(root, ledger_uri(root.uri, ledger or None)).erase(name)
+        output.result = asdict(receipt)
+        for line in receipt.removed:
+            output.say(f"removed {line}")
+        for line in receipt.kept:
+            output.say(f"kept: {line}")
+        output.say(
+            f"{name} is deleted, {receipt.files} files; receipt {root.full(f'receipts/{receipt.id}.json')}"
+        )
+
+
 def _mirrored(subject: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
     """Moves MLflow's alias too, where the version was registered there; our own is moved already."""
     from orchestrator.mlflow_tracker import mirror_alias

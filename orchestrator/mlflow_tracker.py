@@ -5,7 +5,7 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +188,35 @@ def _manifest_alone(storage: Storage, path: str) -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "manifest.json").write_bytes(storage.read(f"{path}/manifest.json"))
         yield Path(folder)
+
+
+def erase(uri: str, subject: str) -> list[str]:
+    """Remove a subject's runs with their files, and its registered model; what was removed, for people.
+
+    MLflow keeps rows of deleted runs until `mlflow gc`; their files go at once.
+    """
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
+        return []
+    client, removed = MlflowClient(tracking_uri=uri, registry_uri=uri), []
+    experiments = [each.experiment_id for each in client.search_experiments()]
+    tagged = f"tags.`raybooth.subject` = '{subject}'"
+    while runs := client.search_runs(experiments, tagged):
+        for run in runs:
+            with suppress(FileNotFoundError):
+                get_artifact_repository(run.info.artifact_uri).delete_artifacts()
+            client.delete_run(run.info.run_id)
+            removed.append(f"MLflow's run {run.info.run_id}")
+    try:
+        client.delete_registered_model(subject)
+        removed.append(f"MLflow's model {subject}")
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+    return removed
 
 
 def mirror_alias(uri: str, name: str, number: str) -> None:

@@ -7,6 +7,7 @@ from starlette.requests import Request
 
 from cluster.storage import Storage
 from serving.catalog import Catalog
+from serving.idempotency import Idempotency
 from serving.keys import Keys
 from serving.metrics import Metrics
 from serving.outputs import Outputs, Signer
@@ -26,6 +27,7 @@ class Booth:
     keys: Keys
     catalog: Catalog
     outputs: Outputs
+    idempotency: Idempotency
     metrics: Metrics
 
     @classmethod
@@ -41,6 +43,7 @@ class Booth:
             keys=Keys(storage, clock, settings.catalog_s),
             catalog=Catalog(storage, settings.base, clock, settings.catalog_s),
             outputs=Outputs(storage, Signer(storage), clock, settings.retention.outputs_s),
+            idempotency=Idempotency(storage, clock, settings.retention.records_s),
             metrics=Metrics(),
         )
 

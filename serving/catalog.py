@@ -107,6 +107,11 @@ class Catalog:
                 found.append(self._model(name, record, record["aliases"][CHAMPION]))
         return found, len(names) > limit
 
+    def registered(self, stored: str) -> Record | None:
+        """What the registry says at this moment of a stored subject."""
+        self.forget(stored)
+        return self._record(stored)
+
     def forget(self, stored: str) -> None:
         """A subject is not what it was."""
         self._records.pop(stored, None)

@@ -3,6 +3,7 @@
 It imports neither torch nor Ray. Whoever draws, trains and deletes is handed in.
 """
 
+import socket
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -22,8 +23,16 @@ from serving.door import Door
 from serving.envelope import LOG, Envelope
 from serving.health_routes import health_routes
 from serving.openai_routes import openai_routes
+from serving.outbound import Outbound, Resolve
+from serving.prediction_routes import prediction_routes
+from serving.prediction_work import PredictionWork
 from serving.protocol import Artist
+from serving.removal_routes import removal_routes
 from serving.settings import ServingSettings
+from serving.trainer import Eraser, Trainer
+from serving.training_routes import training_routes
+from serving.training_work import TrainingWork
+from serving.webhooks import WebhookSecrets
 
 ABOUT = (
     "Guided images of any trained subject, drawn step by step together. OpenAI's images contract, predictions and \
@@ -36,7 +45,10 @@ def create_app(
     settings: ServingSettings,
     storage: Storage,
     artist: Artist,
+    trainer: Trainer | None = None,
+    eraser: Eraser | None = None,
     clock: Callable[[], float] = time.time,
+    resolve: Resolve = socket.getaddrinfo,
 ) -> FastAPI:
     """The ingress, as an ASGI application.
 
@@ -44,13 +56,29 @@ def create_app(
         settings: What it allows.
         storage: The root that holds the registry, the keys, and what the ingress keeps.
         artist: Draws.
+        trainer: Trains; without one, nothing can be trained here.
+        eraser: Deletes subjects; without one, none can be deleted here.
         clock: Seconds since the epoch.
+        resolve: Resolves the names of webhooks.
     """
     booth = Booth.of(settings, storage, artist, clock)
+    hooks, outbound = WebhookSecrets(storage, clock), Outbound(settings.outward, resolve)
+    work = PredictionWork(booth, hooks, outbound)
+
+    training = TrainingWork(booth, trainer) if trainer else None
 
     @asynccontextmanager
     async def living(_: FastAPI) -> AsyncIterator[None]:
-        yield
+        await work.start()
+        if training:
+            await training.start()
+        try:
+            yield
+        finally:
+            if training:
+                await training.close()
+            await work.close()
+            outbound.close()
 
     app = FastAPI(
         title="raybooth",
@@ -61,6 +89,11 @@ def create_app(
         redoc_url=None,
     )
     app.include_router(openai_routes(booth))
+    app.include_router(prediction_routes(booth, work, hooks, outbound))
+    if training:
+        app.include_router(training_routes(booth, training, outbound))
+    if eraser:
+        app.include_router(removal_routes(booth, eraser))
     app.include_router(health_routes(booth))
     app.add_middleware(Door, settings=settings, keys=booth.keys, clock=clock)
     limits = settings.limits
@@ -94,6 +127,8 @@ def _of_http(request: Request, error: HTTPException) -> ApiError:
     """What the framework refuses by itself, in the same shape."""
     path = request.url.path[:64]
     match error.status_code:
+        case 400:
+            return ApiError(422, f"the body cannot be read: {error.detail}. Send JSON in UTF-8", "bad_body")
         case 404:
             return ApiError(
                 404, f"there is nothing at {path}. GET /openapi.json lists what is", "no_such_path"

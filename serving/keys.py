@@ -136,7 +136,8 @@ class Keys:
     def rotate(self, identity: str, grace_s: float = ROTATION_S) -> tuple[Key, str]:
         """A new token for a key; the one before still opens for `grace_s`. Raises as `find`."""
         with self._storage.lock(f"locks/key-{_checked(identity)}"):
-            key, token, until = self.find(identity), _token(identity), self._clock() + grace_s
+            key, until = self.find(identity), self._clock() + grace_s
+            token = _token(key.id)
             before = [s for s in key.secrets if s.expires is None or s.expires > self._clock()]
             ending = tuple(replace(s, expires=min(until, s.expires or until)) for s in before)
             key = replace(key, secrets=(*ending, Secret(_hash(token))))

@@ -18,7 +18,10 @@ from training.recipe import Recipe, Run, with_defaults
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [
     ROOT / "README.md",
-    *(ROOT / "docs" / f"{page}.md" for page in ("campaigns", "guide", "provenance", "reliability")),
+    *(
+        ROOT / "docs" / f"{page}.md"
+        for page in ("campaigns", "guide", "provenance", "reliability", "serving")
+    ),
 ]
 
 

@@ -18,10 +18,6 @@ Finish = Callable[[Pixels, Mapping[str, Any]], bytes]
 KEY = "parameters"  # the text chunk that image tools show
 
 
-Finish = Callable[[Pixels, Mapping[str, Any]], bytes]
-"""Makes a PNG of pixels [H, W, 3] uint8 that says how it was drawn."""
-
-
 def encode_png(pixels: Pixels, parameters: Mapping[str, Any] | None = None) -> bytes:
     """PNG bytes that depend on nothing but the arguments: no time, no path.
 

@@ -58,7 +58,7 @@ class DrawerArtist:
         self.ended = threading.Condition()
         self.outcomes: dict[str, str] = {}
         self.orders: list[ImageOrder] = []
-        self.room = 100
+        self.room, self.retry_after_s, self.refused = 100, 3.0, threading.Event()
         self._one = threading.Lock()
 
     def hold(self, step: int) -> None:
@@ -80,7 +80,8 @@ class DrawerArtist:
 
     async def draw(self, order: ImageOrder) -> AsyncIterator[Event]:
         if len(self.orders) - len(self.outcomes) >= self.room:
-            raise QueueFull(self.room, 3.0)
+            self.refused.set()
+            raise QueueFull(self.room, self.retry_after_s)
         loop = asyncio.get_running_loop()
         said: asyncio.Queue[Event | BaseException] = asyncio.Queue()
         given_up = threading.Event()
@@ -270,8 +271,8 @@ def settings_for(base: BaseInfo, **more: Any) -> ServingSettings:
 class Clients:
     """Clients of a server, by tenant and scope."""
 
-    def __init__(self, address: str, keys: Keys) -> None:
-        self.address, self.keys = address, keys
+    def __init__(self, address: str, keys: Keys, stop: Callable[[], None]) -> None:
+        self.address, self.keys, self.stop = address, keys, stop
         self._opened: list[httpx2.Client] = []
 
     def of(self, tenant: str = "default", **key: Any) -> httpx2.Client:
@@ -300,10 +301,11 @@ def serve(subjects: Storage, artist: DrawerArtist, base: BaseInfo, clock: Time) 
     """Starts an ingress over the subjects, with settings; gives its clients."""
     with ExitStack() as stack:
 
-        def start(*, at: Callable[[], float] = clock, **settings: Any) -> Clients:
-            app = create_app(settings_for(base, **settings), subjects, artist, clock=at)
-            clients = Clients(stack.enter_context(serving(app)), Keys(subjects, at))
-            stack.callback(clients.close)
+        def start(*, trainer: Any = None, eraser: Any = None, **settings: Any) -> Clients:
+            app = create_app(settings_for(base, **settings), subjects, artist, trainer, eraser, clock)
+            inner = stack.enter_context(ExitStack())
+            clients = Clients(inner.enter_context(serving(app)), Keys(subjects, clock), inner.close)
+            inner.callback(clients.close)
             return clients
 
         yield start
