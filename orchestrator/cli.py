@@ -13,6 +13,7 @@ from orchestrator.cli_draw import demo, generate
 from orchestrator.cli_inspect import inspect
 from orchestrator.cli_keys import app as keys_app
 from orchestrator.cli_prior import app as prior_app
+from orchestrator.cli_serve import serve
 from orchestrator.cli_subjects import app as subjects_app
 from orchestrator.cli_train import doctor, plan, schema, train
 
@@ -47,6 +48,7 @@ app.command()(train)
 app.command()(generate)
 app.command()(inspect)
 app.command()(batch)
+app.command()(serve)
 app.add_typer(campaign_app, name="campaign")
 app.add_typer(subjects_app, name="subjects")
 app.add_typer(prior_app, name="prior")

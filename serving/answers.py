@@ -10,7 +10,8 @@ from starlette.responses import JSONResponse
 
 from cluster.errors import RayboothError, UserError
 from cluster.objects import StorageError
-from serving.protocol import DeadlinePassed, Draining, QueueFull
+from serving.protocol import DeadlinePassed, Draining, QueueFull, ReplicasLost
+from serving.safety import SafetyUnavailable, Unsafe
 
 DRAINING_RETRY_S = 1.0  # another replica is there already, or is being started
 STORAGE_RETRY_S = 5.0
@@ -125,7 +126,11 @@ def answer_of(error: BaseException) -> ApiError:
             return ApiError(429, str(error), "queue_full", retry_after_s=error.retry_after_s)
         case DeadlinePassed():
             return ApiError(504, str(error), "deadline_passed")
-        case Draining():
+        case SafetyUnavailable():
+            return ApiError(503, str(error), "safety_unavailable", retry_after_s=DRAINING_RETRY_S)
+        case Unsafe():
+            return ApiError(422, str(error), "content_policy_violation", param="prompt")
+        case Draining() | ReplicasLost():
             return ApiError(503, str(error), "draining", retry_after_s=DRAINING_RETRY_S)
         case UserError():
             return ApiError(422, str(error), "cannot_be_done")

@@ -12,6 +12,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
@@ -23,8 +24,18 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, 
 
 from cluster.errors import SystemFailure
 from cluster.storage import Storage
-from serving.protocol import DeadlinePassed, Draining, Drawn, Event, ImageOrder, QueueFull, Stepped
+from serving.protocol import (
+    DeadlinePassed,
+    Draining,
+    Drawn,
+    Event,
+    ImageOrder,
+    QueueFull,
+    ReplicasLost,
+    Stepped,
+)
 from serving.replicas import Replicas
+from serving.safety import SafetySettings
 from serving.settings import ServingSettings
 
 NAME = "raybooth"
@@ -38,31 +49,47 @@ RETRY_S = 5.0
 WAITING_REQUESTS = 1000  # at the proxy, beside those that an ingress works on
 _LOST = (RayActorError, DeploymentUnavailableError, ReplicaUnavailableError)
 
+Signer = tuple[Path | None, Path | None]
+"""Certificate chain and key in PEM, with which images are signed; twice `None` makes some for development."""
+
 
 class Replica:
     """One engine. Its methods are called by Serve."""
 
-    def __init__(self, base: str, revision: str | None, storage_uri: str, settings: Replicas) -> None:
+    def __init__(
+        self,
+        base: str,
+        revision: str | None,
+        storage_uri: str,
+        settings: Replicas,
+        safety: SafetySettings,
+        signer: Signer | None,
+    ) -> None:
         # what an ingress need not load
         from serving.artists import EngineArtist
+        from serving.credentials import open_credentials
         from serving.engine import Engine, EngineSettings
         from serving.provenance import Provenance
+        from serving.safety import SafetyGuard, guarded
         from training.pipeline import open_base
 
         sys.setswitchinterval(SWITCH_S)
         held = EngineSettings(settings.waiting, int(settings.cache_gib * 1024**3))
+        storage, self._guard = Storage(storage_uri), SafetyGuard.of(safety)
+        credentials = open_credentials(storage, *signer) if signer else None
         self._engine = Engine(
             open_base(base, revision),
-            Storage(storage_uri),
+            storage,
             "cuda" if settings.gpus else "cpu",
             settings.width,
             held,
-            Provenance().png,
+            guarded(self._guard, Provenance(credentials=credentials).png),
         )
         self._artist = EngineArtist(self._engine)
 
     async def follow(self, order: ImageOrder) -> AsyncIterator[Event]:
         """As `Artist.draw`, but tells of steps only now and then."""
+        await self._check(order)
         told = 0.0
         async for event in self._artist.draw(order):
             if isinstance(event, Stepped) and not event.preview:
@@ -73,14 +100,22 @@ class Replica:
 
     async def draw(self, order: ImageOrder) -> Drawn:
         """An image of which nobody wants to hear before it is there: one answer costs a tenth of a stream."""
+        await self._check(order)
         async for event in self._artist.draw(order):
             if isinstance(event, Drawn):
                 return event
         raise SystemFailure("the engine ended without the image", f"order {order.id}", "ask again")
 
     async def stats(self) -> Mapping[str, float]:
-        """As `Artist.stats`."""
-        return await self._artist.stats()
+        """As `Artist.stats`, and what the safety checks said."""
+        refused = sum(
+            number for (_, outcome, _), number in self._guard.counts().items() if outcome != "allowed"
+        )
+        return {**await self._artist.stats(), "unsafe": refused}
+
+    async def _check(self, order: ImageOrder) -> None:
+        asked = order.request
+        await asyncio.to_thread(self._guard.prompt, asked.prompt, asked.negative_prompt)
 
     async def pid(self) -> int:
         """Its process, for people who look for it."""
@@ -121,9 +156,7 @@ class HandleArtist:
                 return
             except (Draining, *_LOST):
                 if attempt == self._tries - 1:
-                    raise SystemFailure(
-                        "the replicas that drew the image were lost", f"{self._tries} of them", "ask again"
-                    ) from None
+                    raise ReplicasLost(self._tries) from None
             await asyncio.sleep(min(PAUSE_S * 2**attempt, RETRY_S))
 
     async def stats(self) -> Mapping[str, float]:
@@ -186,6 +219,8 @@ def service(
     make: MakeApp,
     revision: str | None = None,
     ingresses: int = 1,
+    safety: SafetySettings = SafetySettings(),
+    signer: Signer | None = None,
 ) -> Any:
     """The Serve application.
 
@@ -196,6 +231,8 @@ def service(
         make: Makes the HTTP application; it is called in the ingress.
         revision: Of the base.
         ingresses: Processes that speak HTTP.
+        safety: Checks of prompts and images.
+        signer: Signs C2PA manifests into images; `None` signs none.
     """
     images = (replicas.width or ROWS[replicas.gpus > 0]) // 2  # that are drawn at a time
     drawing = serve.deployment(Replica).options(
@@ -232,7 +269,7 @@ def service(
         backpressure_config=BackpressureConfig(status_code=429, retry_after_s=RETRY_S),
         graceful_shutdown_timeout_s=replicas.drain_s,
     )
-    engines = drawing.bind(settings.base, revision, storage.uri, replicas)
+    engines = drawing.bind(settings.base, revision, storage.uri, replicas, safety, signer)
     return talking.bind(settings, storage.uri, make, engines)
 
 

@@ -110,7 +110,9 @@ def openai_routes(booth: Booth) -> APIRouter:
         check(asked, model, booth.settings)
         deadline = booth.settings.limits.deadline_s
         previews = asked.partial_images
-        orders = orders_of(f"img-{uuid4().hex}", asked, model, deadline, previews)
+        orders = orders_of(
+            f"img-{uuid4().hex}", asked, model, deadline, previews, asked.stream, booth.settings.sizes[0]
+        )
         request.state.log = {"user": asked.user} if asked.user else {}
         painting = booth.painting(orders, deadline)
         if asked.stream:

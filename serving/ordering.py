@@ -97,6 +97,8 @@ def orders_of(
     model: Model,
     deadline_s: float | None,
     previews: int = 0,
+    progress: bool = False,
+    own: str = "",
 ) -> list[ImageOrder]:
     """The orders for images that were checked.
 
@@ -106,9 +108,12 @@ def orders_of(
         model: What draws them.
         deadline_s: Seconds from now.
         previews: Wanted of each image on the way.
+        progress: Whether its steps are to be told.
+        own: The base's own size.
     """
     first = secrets.randbelow(SEEDS - asked.n) if asked.seed is None else asked.seed
     every = max(1, asked.steps // (previews + 1)) if previews else 0
+    width, height = (None, None) if asked.size in ("auto", own) else map(int, asked.size.split("x"))
     scale = model.guidance if asked.guidance_scale is None else asked.guidance_scale
     return [
         ImageOrder(
@@ -122,8 +127,11 @@ def orders_of(
                 steps=asked.steps,
                 guidance=scale,
                 sampler=asked.sampler,
+                height=height,
+                width=width,
             ),
             deadline_s=deadline_s,
+            progress=progress,
             preview_every=every,
         )
         for number in range(asked.n)

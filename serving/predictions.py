@@ -76,7 +76,7 @@ class Prediction:
         """What draws it."""
         asked = ImageInput.model_validate(self.input)
         model = Model(self.model, self.subject, self.version, 0, float(asked.guidance_scale or 1.0))
-        return orders_of(f"pre-{self.id}", asked, model, None)
+        return orders_of(f"pre-{self.id}", asked, model, None, progress=True)
 
 
 def new_id(now: float) -> str:

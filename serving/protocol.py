@@ -108,6 +108,18 @@ class Draining(Refused):
         self.args = ()
 
 
+class ReplicasLost(Refused):
+    """Every replica that began an image was lost before it was done.
+
+    Args:
+        number: Of them.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__("the replicas that drew the image were lost", f"{number} of them", "ask again")
+        self.args = (number,)
+
+
 class Artist(Protocol):
     """Who draws: one engine in this process, or replicas behind a handle."""
 
