@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cluster.errors import UserError
 from cluster.session import resolve_address, session
@@ -52,7 +52,7 @@ class ServiceSpec(ServingSettings):
     """Checks of prompts and images; none by default."""
     c2pa: Signing | None = None
     """Signs a C2PA manifest into every image; `{}` with credentials for development."""
-    training: dict[str, Any] = {}
+    training: dict[str, Any] = Field(default_factory=dict)
     """Sections of run.yaml under what clients of `/v1/trainings` give."""
 
 

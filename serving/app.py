@@ -6,6 +6,7 @@ An image is a function of its order, so one whose replica is lost is drawn again
 """
 
 import asyncio
+import logging
 import os
 import sys
 import time
@@ -279,6 +280,7 @@ def start(application: Any, host: str, port: int) -> None:
     Raises:
         SystemFailure: It does not come up.
     """
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     serve.start(http_options={"host": host, "port": port})
     try:
         serve.run(application, name=NAME, route_prefix="/")
