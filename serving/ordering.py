@@ -112,7 +112,7 @@ def orders_of(
         own: The base's own size.
     """
     first = secrets.randbelow(SEEDS - asked.n) if asked.seed is None else asked.seed
-    every = max(1, asked.steps // (previews + 1)) if previews else 0
+    every = -(-asked.steps // (previews + 1)) if previews else 0
     width, height = (None, None) if asked.size in ("auto", own) else map(int, asked.size.split("x"))
     scale = model.guidance if asked.guidance_scale is None else asked.guidance_scale
     return [
