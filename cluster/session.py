@@ -9,12 +9,14 @@ import socket
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private import services, worker
 from ray.exceptions import RayError
 
 from cluster.errors import SystemFailure, UserError
@@ -22,6 +24,7 @@ from cluster.storage import Storage
 
 OBJECT_STORE_BYTES = 512 * 1024**2  # of a private Ray: latents and photos are small, /dev/shm often is too
 CONNECT_S = 10  # to a cluster's head
+START_S = 120  # for Ray's own processes; Ray itself gives up after 30 s, which a busy machine may need
 LONGEST_TEMPORARY = 40  # characters: a socket's path ends at 107, and Ray appends about 60 of its own
 
 # What every process of a session sees, drivers and workers alike, unless the user has set it.
@@ -33,6 +36,10 @@ _EVERYWHERE = {
     "RAY_TRAIN_ENABLE_STATE_ACTOR_RECONCILIATION": "0",  # it polls the dashboard that is not started
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",  # people look at ours
     "RAY_BACKEND_LOG_LEVEL": "fatal",  # Ray's core writes warnings of its own plumbing to the terminal
+    # A machine that is busy elsewhere takes minutes to start a process; Ray would give up after 30 to 60 s.
+    "RAY_worker_register_timeout_seconds": "300",
+    "RAY_agent_register_timeout_ms": "300000",
+    "RAY_gcs_server_port_wait_time_s": "120",
 }
 # Where there is no GPU: DeepSpeed would compile kernels nobody calls (91 s), and imports inductor (2-3 s).
 _WITHOUT_GPU = {"DS_ACCELERATOR": "cpu", "TORCHDYNAMO_DISABLE": "1"}
@@ -61,6 +68,7 @@ def session(address: str | None, cpus: int, storage: Storage) -> Iterator[None]:
     address = resolve_address(address)
     for name, value in _EVERYWHERE.items():
         os.environ.setdefault(name, value)
+    worker.print_to_stdstream = _tell_people
     common = {
         "log_to_driver": False,
         "logging_level": logging.ERROR,
@@ -158,7 +166,7 @@ def _private(cpus: int, common: Mapping[str, Any]) -> Iterator[None]:
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     with _temporary_folder() as folder:
         try:
-            with _nothing_on_stderr():
+            with _nothing_on_stderr(), _patience():
                 ray.init(
                     address="local",
                     num_cpus=cpus,
@@ -167,7 +175,7 @@ def _private(cpus: int, common: Mapping[str, Any]) -> Iterator[None]:
                     _temp_dir=str(folder),
                     **common,
                 )
-        except (OSError, RuntimeError, ValueError) as error:
+        except Exception as error:  # Ray raises that very class when its processes do not come up
             raise SystemFailure(
                 "Ray does not start on this machine", str(error), "run `raybooth doctor`"
             ) from error
@@ -255,6 +263,14 @@ def sees_gpu() -> bool:
     return os.environ.get("CUDA_VISIBLE_DEVICES") != "" and Path("/dev/nvidiactl").exists()
 
 
+def _tell_people(data: Mapping[str, Any], ignore_prefix: bool) -> None:
+    """Ray's core has its warnings printed on stdout, which is for programs."""
+    _print_to_stdstream({**data, "is_err": True}, ignore_prefix)
+
+
+_print_to_stdstream = worker.print_to_stdstream
+
+
 @contextmanager
 def _nothing_on_stderr() -> Iterator[None]:
     """Ray's core announces its log level on the terminal; what goes wrong in here is raised, not written."""
@@ -267,6 +283,28 @@ def _nothing_on_stderr() -> Iterator[None]:
     finally:
         os.dup2(kept, 2)
         os.close(kept)
+
+
+@contextmanager
+def _patience() -> Iterator[None]:
+    """Wait for a node that starts, where Ray would ask in a loop for 30 s."""
+    get_node = services.get_node
+
+    def patiently(*wanted: Any) -> Any:
+        until = time.monotonic() + START_S
+        while True:
+            try:
+                return get_node(*wanted)
+            except RuntimeError:
+                if time.monotonic() > until:
+                    raise
+            time.sleep(0.05)
+
+    services.get_node = patiently
+    try:
+        yield
+    finally:
+        services.get_node = get_node
 
 
 @contextmanager

@@ -222,6 +222,8 @@ def _change(row: RunRow, before: str | None) -> str | None:
         do = " ".join(str((row.reason or {}).get("do") or "").split())
         return f"{row.name}: failed: {reason_line(row.reason)}" + (f". {do}" if do else "")
     if row.state == "queued":
+        if before == "preparing" and not row.reason:
+            return f"{row.name}: ready, waits for a gang{tried}"
         again = before is not None and before != "queued"
         return f"{row.name}: queued again{tried}: {reason_line(row.reason)}".rstrip(": ") if again else None
     return f"{row.name}: {row.state}{tried}"
