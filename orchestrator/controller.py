@@ -159,7 +159,13 @@ class Controller:
     # -- how runs begin and end ----------------------------------------------------------------------------
 
     def _begin(self, row: RunRow) -> None:
-        """Make a run ready that has not ended, whatever a controller before this one had come to with it."""
+        """Make a run ready that has not ended, whatever a controller before this one had come to with it.
+
+        The try that was under way when that one was killed costs the run nothing.
+        """
+        if row.state in ("training", "publishing"):
+            self.roster.change(row.id, state="queued", attempts=max(row.attempts - 1, 0))
+            row = self.roster[row.id]
         try:
             outline = self._works.outline(row.id, Size(row.smaller))
         except Exception as error:
@@ -192,7 +198,8 @@ class Controller:
         if row.id in self._cancelled:
             self._end(row.id, "cancelled", CANCELLED)
         else:
-            self.roster.change(row.id, state="queued", phase="saved, to be gone on with", gang=None)
+            kept, phase = max(row.attempts - 1, 0), "saved, to be gone on with"
+            self.roster.change(row.id, state="queued", phase=phase, gang=None, attempts=kept)
             self.roster.end_lease(row.id)
             self._acts.append(partial(self._works.end, row.id, "interrupted", self._stopping))
 

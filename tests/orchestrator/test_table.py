@@ -110,7 +110,7 @@ def test_a_log_gets_a_line_per_change(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     failed = replace(bad, state="failed", reason=DAMAGED)
     with CampaignWatch(stream) as watch:
-        for now in (new, waiting, trained, trained):
+        for now in (new, waiting, replace(trained, phase="starting", step=30), trained, trained):
             watch.show(CAMPAIGN, [now, bad])
         for rows in ([again, failed], [done, failed]):
             watch.show(CAMPAIGN, rows)
