@@ -109,7 +109,7 @@ def patient() -> type[Mailbox]:
 
         async def report(self, n: int, rank: int, kind: str, payload: Any, slot: int = 0) -> None:
             await super().report(n, rank, kind, payload, slot)
-            if kind in ("steps", "checkpoint", "note"):
+            if kind in ("started", "steps", "checkpoint", "note"):
                 async with self._changed:
                     mine = self._delivered + len(self._events)
                     await self._changed.wait_for(lambda: self._acted_on >= mine)
@@ -128,7 +128,7 @@ def patient() -> type[Mailbox]:
 class Gang:
     """A gang at work, and its mailbox: trains lease after lease, whatever is done to it.
 
-    What a test does about a step, a checkpoint or a note is done before the worker that told of it trains on.
+    What a test does about a start, a step, a checkpoint or a note is done before the worker that told of it trains on.
     """
 
     def __init__(self, shape: GangShape, scratch: Path | None = None) -> None:
