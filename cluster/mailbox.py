@@ -285,11 +285,11 @@ class MailboxClient:
         ray.kill(self._actor)
 
 
-def create(name: str) -> MailboxClient:
+def create(name: str, kind: type[Mailbox] = Mailbox) -> MailboxClient:
     """A new mailbox on the node of this process: it must not die with another; `name` is unique to the campaign."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     options = {"name": name, "num_cpus": 0, "max_concurrency": 4096, "scheduling_strategy": here}
-    return MailboxClient(ray.remote(Mailbox).options(**options).remote())
+    return MailboxClient(ray.remote(kind).options(**options).remote())
 
 
 def connect(name: str) -> MailboxClient:

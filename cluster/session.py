@@ -9,6 +9,7 @@ import socket
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private import services, worker
 from ray.exceptions import RayError
 
 from cluster.errors import SystemFailure, UserError
@@ -23,6 +25,7 @@ from cluster.storage import Storage
 
 OBJECT_STORE_BYTES = 512 * 1024**2  # of a private Ray: latents and photos are small, /dev/shm often is too
 CONNECT_S = 10  # to a cluster's head
+START_S = 120  # for Ray's own processes; Ray itself gives up after 30 s, which a busy machine may need
 LONGEST_TEMPORARY = 40  # characters: a socket's path ends at 107, and Ray appends about 60 of its own
 
 # What every process of a session sees, drivers and workers alike, unless the user has set it.
@@ -35,6 +38,10 @@ _EVERYWHERE = {
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",  # people look at ours
     "RAY_DATA_USAGE_DISABLED": "1",  # a process of its own, to tell Ray's makers what streams are used for
     "RAY_BACKEND_LOG_LEVEL": "fatal",  # Ray's core writes warnings of its own plumbing to the terminal
+    # A machine that is busy elsewhere takes minutes to start a process; Ray would give up after 30 to 60 s.
+    "RAY_worker_register_timeout_seconds": "300",
+    "RAY_agent_register_timeout_ms": "300000",
+    "RAY_gcs_server_port_wait_time_s": "120",
 }
 # Of a private Ray, which nobody drains and nobody watches: each of these is a process or work for one.
 _PRIVATE = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0", "RAY_TRAIN_METRICS_ENABLED": "0"}
@@ -65,6 +72,7 @@ def session(address: str | None, cpus: int, storage: Storage) -> Iterator[None]:
     address = resolve_address(address)
     for name, value in _EVERYWHERE.items():
         os.environ.setdefault(name, value)
+    worker.print_to_stdstream = _tell_people
     common = {"log_to_driver": False, "logging_level": logging.ERROR}
     with _joined(address, common) if address else _private(cpus, common):
         _check_shared(storage)
@@ -161,7 +169,7 @@ def _private(cpus: int, common: Mapping[str, Any]) -> Iterator[None]:
         os.environ.setdefault(name, value)
     with _temporary_folder() as folder:
         try:
-            with _nothing_on_stderr(), _few_processes():
+            with _nothing_on_stderr(), _few_processes(), _patience():
                 ray.init(
                     address="local",
                     num_cpus=cpus,
@@ -170,7 +178,7 @@ def _private(cpus: int, common: Mapping[str, Any]) -> Iterator[None]:
                     _temp_dir=str(folder),
                     **common,
                 )
-        except (OSError, RuntimeError, ValueError) as error:
+        except Exception as error:  # Ray raises that very class when its processes do not come up
             raise SystemFailure(
                 "Ray does not start on this machine", str(error), "run `raybooth doctor`"
             ) from error
@@ -281,6 +289,14 @@ def sees_gpu() -> bool:
     return os.environ.get("CUDA_VISIBLE_DEVICES") != "" and Path("/dev/nvidiactl").exists()
 
 
+def _tell_people(data: Mapping[str, Any], ignore_prefix: bool) -> None:
+    """Ray's core has its warnings printed on stdout, which is for programs."""
+    _print_to_stdstream({**data, "is_err": True}, ignore_prefix)
+
+
+_print_to_stdstream = worker.print_to_stdstream
+
+
 @contextmanager
 def _nothing_on_stderr() -> Iterator[None]:
     """Ray's core announces its log level on the terminal; what goes wrong in here is raised, not written."""
@@ -293,6 +309,28 @@ def _nothing_on_stderr() -> Iterator[None]:
     finally:
         os.dup2(kept, 2)
         os.close(kept)
+
+
+@contextmanager
+def _patience() -> Iterator[None]:
+    """Wait for a node that starts, where Ray would ask in a loop for 30 s."""
+    get_node = services.get_node
+
+    def patiently(*wanted: Any) -> Any:
+        until = time.monotonic() + START_S
+        while True:
+            try:
+                return get_node(*wanted)
+            except RuntimeError:
+                if time.monotonic() > until:
+                    raise
+            time.sleep(0.05)
+
+    services.get_node = patiently
+    try:
+        yield
+    finally:
+        services.get_node = get_node
 
 
 @contextmanager

@@ -14,10 +14,10 @@ from orchestrator.batch import BatchResult, draw_batch
 from orchestrator.campaign_mirror import CampaignMirror
 from orchestrator.campaign_watch import CampaignWatch
 from orchestrator.claims import Claim
-from orchestrator.controller import Controller, state_of
+from orchestrator.controller import Controller
 from orchestrator.ledger import Ledger
 from orchestrator.manifest import settings_of
-from orchestrator.records import ENDED, RunRow
+from orchestrator.records import ENDED, RunRow, state_of
 from orchestrator.report import write_report
 from orchestrator.signals import Signals, Terminated
 from orchestrator.site import STREAM_CPUS, Site, settled, survey

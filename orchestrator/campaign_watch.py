@@ -176,7 +176,7 @@ class _LogLines:
 
     def show(self, facts: Facts, pace: Pace) -> None:
         campaign, rows = facts
-        before, self._states = self._states, {row.id: (row.state, row.attempts) for row in rows}
+        before, self._states = self._states, {row.id: (_standing(row), row.attempts) for row in rows}
         if before is not None:
             for row in rows:
                 if before.get(row.id) != self._states[row.id]:
@@ -207,8 +207,15 @@ class _LogLines:
             self.show(facts, pace)
 
 
+def _standing(row: RunRow) -> str:
+    """Its state; until a gang says from which step it goes on, it only starts."""
+    return "starting" if row.state == "training" and row.phase == "starting" else row.state
+
+
 def _change(row: RunRow, before: str | None) -> str | None:
     """The line of a log for a run that came into a state; `None` when there is nothing to tell."""
+    if _standing(row) == "starting":
+        return None
     tried = f", attempt {row.attempts}" if row.attempts > 1 else ""
     if row.state == "training":
         place = f" on {row.gang}" if row.gang else ""
@@ -222,6 +229,8 @@ def _change(row: RunRow, before: str | None) -> str | None:
         do = " ".join(str((row.reason or {}).get("do") or "").split())
         return f"{row.name}: failed: {reason_line(row.reason)}" + (f". {do}" if do else "")
     if row.state == "queued":
+        if before == "preparing" and not row.reason:
+            return f"{row.name}: ready, waits for a gang{tried}"
         again = before is not None and before != "queued"
         return f"{row.name}: queued again{tried}: {reason_line(row.reason)}".rstrip(": ") if again else None
     return f"{row.name}: {row.state}{tried}"

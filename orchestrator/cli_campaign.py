@@ -224,7 +224,7 @@ def _go(
     output.result = outcome.as_json()
     failed = [subject for subject in outcome.subjects if subject["state"] != "succeeded"]
     there = len(outcome.subjects) - len(failed)
-    output.say(f"{campaign} {outcome.state}: {there} of {len(outcome.subjects)} subjects")
+    output.say(f"{campaign} {outcome.state}: {there} of {len(outcome.subjects)} subjects succeeded")
     for subject in failed[:MOST_TOLD]:
         reason = subject["reason"] or {}
         said = ". ".join(str(reason[part]) for part in ("what", "seen", "do") if reason.get(part))

@@ -4,7 +4,6 @@ The work itself is behind `Works`, so that what is here is tested without Ray an
 """
 
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -27,16 +26,15 @@ from orchestrator.facts import (
 )
 from orchestrator.labour import Works
 from orchestrator.ledger import Ledger
-from orchestrator.order import Group, Queue, prior_order
-from orchestrator.records import ENDED, CampaignRow, RunRow
+from orchestrator.records import ENDED, CampaignRow, RunRow, state_of
 from orchestrator.recovery import Again, Failure, History, Kind, Size, decide
 from orchestrator.roster import Roster
+from orchestrator.turns import Turns
 
 POLL_S = 0.2  # a table feels live at 5 Hz
 RECORD_S = 1.0  # how old the steps on record may be; states are recorded at once
 CANCELLED = {"what": "cancelled", "seen": "", "do": "raybooth campaign retry goes on with it"}
 WISHES_S = 0.5  # until a cancel is heard
-MOST_MEASURED = 3  # tries to measure how many runs of a kind train together; then they train alone
 
 
 class Controller:
@@ -67,11 +65,9 @@ class Controller:
         self._ledger, self._claim, self._campaign = ledger, claim, campaign
         self._schedule, self._budget, self._works, self._show, self._say = schedule, budget, works, show, say
         self.roster = Roster(ledger.runs(campaign.name), schedule.per_tenant)
-        self._queue = Queue(schedule.per_tenant)
         self._cancelled: set[int] = set()
-        self._measuring: dict[str, int] = {}  # by bank key the run that is measured
-        self._failed_to_measure: Counter[str] = Counter()
         self._acts: list[Callable[[], None]] = []
+        self._turns = Turns(self.roster, schedule, works, self._act)
         self._stopping: str | None = None
         self._recorded_at = self._asked_at = 0.0
         self._moved = True
@@ -98,6 +94,10 @@ class Controller:
             self._stopping = why
             self._works.leave()
 
+    def _act(self, act: Callable[[], None]) -> None:
+        """Have something done once what was decided is on record."""
+        self._acts.append(act)
+
     # -- one turn ------------------------------------------------------------------------------------------
 
     def _once(self, wait_s: float) -> None:
@@ -108,9 +108,9 @@ class Controller:
         self._mind_wishes()
         if self.roster.unfinished:
             self._mind_budget()
-        self._settle()
+        self._turns.settle()
         if self._stopping is None:
-            self._assign()
+            self._turns.assign()
         self._record()
         acts, self._acts = self._acts, []
         for act in acts:
@@ -123,9 +123,8 @@ class Controller:
             self._say(f"{row.name}: {fact.text}")
             return
         if isinstance(fact, Measured):
-            self._measuring = {key: run for key, run in self._measuring.items() if run != fact.run}
             self._say(f"{fact.width} runs such as {row.name} are trained together")
-            self._group()
+            self._turns.measured(fact.run)
             return
         # what a gang says of a run that is not with it any more means nothing
         if row.state in ENDED or (row.state != "training" and isinstance(fact, Began | Stepped | Published)):
@@ -147,7 +146,7 @@ class Controller:
             case Published(metrics=metrics):
                 change(run, state="publishing", phase=None, metrics=dict(metrics), step=row.steps)
                 self.roster.end_lease(run)
-                self._acts.append(partial(self._works.publish, run, metrics))
+                self._act(partial(self._works.publish, run, metrics))
             case Registered():
                 found = {"version": fact.version, "artifact": fact.artifact, "metrics": dict(fact.metrics)}
                 self._end(run, "succeeded", None, **found, mlflow_run_id=fact.mlflow_run_id, step=row.steps)
@@ -159,7 +158,13 @@ class Controller:
     # -- how runs begin and end ----------------------------------------------------------------------------
 
     def _begin(self, row: RunRow) -> None:
-        """Make a run ready that has not ended, whatever a controller before this one had come to with it."""
+        """Make a run ready that has not ended, whatever a controller before this one had come to with it.
+
+        The try that was under way when that one was killed costs the run nothing.
+        """
+        if row.state in ("training", "publishing"):
+            self.roster.change(row.id, state="queued", attempts=max(row.attempts - 1, 0))
+            row = self.roster[row.id]
         try:
             outline = self._works.outline(row.id, Size(row.smaller))
         except Exception as error:
@@ -167,7 +172,7 @@ class Controller:
             return
         self.roster.outline(row.id, outline)
         self.roster.change(row.id, state="preparing", phase="checking photos", gang=None)
-        self._acts.append(partial(self._works.check, row.id, Size(row.smaller)))
+        self._act(partial(self._works.check, row.id, Size(row.smaller)))
 
     def _end(self, run: int, state: str, reason: Mapping[str, Any] | None, **fields: Any) -> None:
         self.roster.change(
@@ -175,29 +180,23 @@ class Controller:
         )
         self.roster.end_lease(run)
         self._cancelled.discard(run)
-        self._not_measured(run)
+        self._turns.not_measured(run)
         if state != "succeeded":
             why = str(reason["what"]) if reason else None
-            self._acts.append(partial(self._works.end, run, state, why))
-
-    def _not_measured(self, run: int) -> None:
-        """A run that was measured did not come to its end: another is taken, or in the end all are trained alone."""
-        for key in [key for key, measured in self._measuring.items() if measured == run]:
-            del self._measuring[key]
-            self._failed_to_measure[key] += 1
-            self.roster.ungrouped = True
+            self._act(partial(self._works.end, run, state, why))
 
     def _stopped(self, row: RunRow, fact: Stopped) -> None:
-        self._not_measured(row.id)
+        self._turns.not_measured(row.id)
         if row.id in self._cancelled:
             self._end(row.id, "cancelled", CANCELLED)
         else:
-            self.roster.change(row.id, state="queued", phase="saved, to be gone on with", gang=None)
+            kept, phase = max(row.attempts - 1, 0), "saved, to be gone on with"
+            self.roster.change(row.id, state="queued", phase=phase, gang=None, attempts=kept)
             self.roster.end_lease(row.id)
-            self._acts.append(partial(self._works.end, row.id, "interrupted", self._stopping))
+            self._act(partial(self._works.end, row.id, "interrupted", self._stopping))
 
     def _failed(self, row: RunRow, fact: Failed) -> None:
-        self._not_measured(row.id)
+        self._turns.not_measured(row.id)
         if row.id in self._cancelled:
             self._end(row.id, "cancelled", CANCELLED)
             return
@@ -220,7 +219,7 @@ class Controller:
             self._end(row.id, state, decided.reason, attempts=history.attempts, kills=kills)
             return
         self._say(f"{row.name}: tried again: {fact.what}. {fact.seen}")
-        self._acts.append(partial(self._works.end, row.id, "interrupted", fact.what))
+        self._act(partial(self._works.end, row.id, "interrupted", fact.what))
         self.roster.change(
             row.id,
             state="queued",
@@ -236,67 +235,6 @@ class Controller:
             self.roster.regroup(row.id, decided.width)
         self.roster.unready(row.id)
         self._begin(self.roster[row.id])
-
-    # -- what is trained when ------------------------------------------------------------------------------
-
-    def _group(self) -> None:
-        """Group the runs that are not, wherever it is known how many train together."""
-        self.roster.group(self._width)
-        self._works.draw_first(prior_order(self.roster.groups.values(), self.roster.priors_missing()))
-
-    def _width(self, bank_key: str | None) -> int | None:
-        wanted = self._schedule.bank
-        if bank_key is None or wanted == 1 or self._failed_to_measure[bank_key] == MOST_MEASURED:
-            return 1
-        return self._works.width(bank_key) if wanted == "auto" else wanted
-
-    def _settle(self) -> None:
-        """Let groups wait for their turn that are ready, and let go of those that have ended."""
-        if self.roster.ungrouped:
-            self._group()
-        for group in self.roster.settle():
-            self._queue.ended(group)
-        for group in self.roster.complete():
-            self._queue.push(group, self.roster.kind(group))
-
-    def _assign(self) -> None:
-        """Give free gangs the groups whose turn it is."""
-        self._works.staff(*self.roster.demand())
-        taken: Counter[Any] = Counter()
-        for bank_key, run in self.roster.unmeasured(self._width).items():
-            kind = self.roster.outlines[run].kind
-            if bank_key not in self._measuring and self._works.free(kind) > taken[kind]:
-                taken[kind] += 1
-                self._measuring[bank_key] = run
-                self.roster.note(run, phase="measuring how many train together")
-                self._acts.append(partial(self._works.measure, kind, run))
-        for kind in self.roster.kinds:
-            while self._works.free(kind) > taken[kind] and (group := self._queue.pop(kind)):
-                slots = self.roster.slots(group)
-                if any(run is not None for run in slots):
-                    taken[kind] += 1
-                    self._lease(group, kind, slots)
-                else:
-                    self._queue.ended(group)
-                    self.roster.unqueue(group)
-
-    def _lease(self, group: Group, kind: Any, slots: Sequence[int | None]) -> None:
-        now = time.time()
-        runs = [run for run in slots if run is not None]
-        for run in runs:
-            row = self.roster[run]
-            began = row.started_at or now
-            self.roster.change(
-                run, state="training", phase="starting", attempts=row.attempts + 1, started_at=began
-            )
-        self.roster.lease(group, runs)
-
-        def act() -> None:
-            name = self._works.train(kind, slots)
-            for run in runs:
-                self.roster.note(run, gang=name)
-
-        self._acts.append(act)
 
     # -- what people want ----------------------------------------------------------------------------------
 
@@ -332,7 +270,7 @@ class Controller:
             self._cancelled.add(run)
         if state == "training":
             self.roster.note(run, phase="cancelling")
-            self._acts.append(partial(self._works.drop, run))
+            self._act(partial(self._works.drop, run))
         elif state != "publishing":
             self._end(run, "cancelled", CANCELLED)
 
@@ -370,11 +308,3 @@ class Controller:
             state, reason = state_of(self.roster.rows), None
         self._ledger.record_campaign(self._claim, state=state, reason=reason, finished_at=time.time())
         return state
-
-
-def state_of(rows: Sequence[RunRow]) -> str:
-    """The state of a campaign of which every run has ended."""
-    states = {row.state for row in rows}
-    if states <= {"succeeded"}:
-        return "succeeded"
-    return "cancelled" if states <= {"succeeded", "cancelled"} else "failed"

@@ -132,7 +132,7 @@ class Queue:
         self._waiting: dict[
             tuple[Hashable, str], list[tuple[int, int, int, int]]
         ] = {}  # a heap a lane and tenant
-        self._groups: dict[int, tuple[Group, Hashable]] = {}
+        self._groups: dict[int, Group] = {}
         self._training: dict[str, int] = {}
         self._served: dict[str, int] = {}  # the turn at which a tenant had one last
         self._turn = 0
@@ -150,7 +150,7 @@ class Queue:
         """Have a group wait for its turn."""
         if group.number in self._groups:
             raise ValueError(f"group {group.number} waits already")
-        self._groups[group.number] = group, lane
+        self._groups[group.number] = group
         rank = (-group.priority, group.steps, group.position, group.number)
         heappush(self._waiting.setdefault((lane, group.tenant), []), rank)
         self._enter(lane, group.tenant)
@@ -163,7 +163,7 @@ class Queue:
             tenant = entry[-1]
             if entry != self._entry(lane, tenant):
                 continue
-            group, _ = self._groups.pop(heappop(self._waiting[lane, tenant])[-1])
+            group = self._groups.pop(heappop(self._waiting[lane, tenant])[-1])
             self._training[tenant] = self._training.get(tenant, 0) + len(group.run_ids)
             self._turn += 1
             self._served[tenant] = self._turn
@@ -175,12 +175,6 @@ class Queue:
         """A group that was popped trains no longer."""
         self._training[group.tenant] -= len(group.run_ids)
         self._enter_all(group.tenant)
-
-    def discard(self, number: int) -> None:
-        """A waiting group is no longer wanted."""
-        group, lane = self._groups.pop(number, (None, None))
-        if group:
-            self._enter(lane, group.tenant)
 
     def _enter_all(self, tenant: str) -> None:
         for lane in self._next:
@@ -195,13 +189,11 @@ class Queue:
     def _entry(self, lane: Hashable, tenant: str) -> tuple[int, int, int, int, str] | None:
         """The tenant's place in a lane; `None` when it has nothing to train there or must wait."""
         waiting = self._waiting.get((lane, tenant))
-        while waiting and waiting[0][-1] not in self._groups:
-            heappop(waiting)
         if not waiting:
             return None
         priority, steps, position, number = waiting[0]
         training = self._training.get(tenant, 0)
-        wanted = len(self._groups[number][0].run_ids)
+        wanted = len(self._groups[number].run_ids)
         if self._per_tenant and training and training + wanted > self._per_tenant:
             return None
         return priority, self._served.get(tenant, 0), steps, position, tenant

@@ -146,3 +146,11 @@ class Asked:
     """The runs that it is about."""
     holder: str | None
     """The controller that will see to it, for people; `None` when there is none and it is done already."""
+
+
+def state_of(rows: Sequence[RunRow]) -> str:
+    """The state of a campaign of which every run has ended."""
+    states = {row.state for row in rows}
+    if states <= {"succeeded"}:
+        return "succeeded"
+    return "cancelled" if states <= {"succeeded", "cancelled"} else "failed"

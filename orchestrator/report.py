@@ -78,7 +78,8 @@ def write_report(storage: Storage, campaign: CampaignRow, runs: Sequence[RunRow]
     Raises:
         StorageError: It cannot be written.
     """
-    path, drawn = report_path(campaign.name), _drawn(storage, f"campaigns/{campaign.name}/images")
+    path, prompts = report_path(campaign.name), list(campaign.manifest.get("prompts") or ())
+    drawn = _drawn(storage, f"campaigns/{campaign.name}/images", prompts)
     shown = sorted((run for run in runs if run.version), key=_rank)[:PICTURED]
     with ThreadPoolExecutor(_THREADS) as readers:
         cards = list(
@@ -118,8 +119,10 @@ def _card(storage: Storage, run: RunRow, drawn: Sequence[_Drawn]) -> _Card:
     )
 
 
-def _drawn(storage: Storage, folder: str) -> dict[tuple[str, str | None], list[_Drawn]]:
-    """What was drawn of every subject and version, as the gallery's index has it."""
+def _drawn(
+    storage: Storage, folder: str, prompts: Sequence[str]
+) -> dict[tuple[str, str | None], list[_Drawn]]:
+    """What was drawn of every subject and version, as the gallery's index has it, in the order of the prompts."""
     found: dict[tuple[str, str | None], list[_Drawn]] = {}
     index = _read(storage, f"{folder}/{INDEX}")
     if index is None:
@@ -129,6 +132,9 @@ def _drawn(storage: Storage, folder: str) -> dict[tuple[str, str | None], list[_
     for name, version, prompt, seed, path, row in zip(*(columns[key] for key in keys), strict=True):
         if row is None:  # an object of its own
             found.setdefault((name, version), []).append(_Drawn(prompt, seed, f"{folder}/{path}"))
+    turn = {prompt: number for number, prompt in enumerate(prompts)}
+    for images in found.values():
+        images.sort(key=lambda image: turn.get(image.prompt, len(turn)))
     return found
 
 

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +118,7 @@ def run_service(
     application = service(
         settings, spec.replicas, storage, make, spec.revision, spec.ingresses, spec.safety, signer
     )
-    cpus = int(spec.replicas.max * spec.replicas.cpus + 0.999) + TRAINING_CPUS
+    cpus = ceil(spec.replicas.max * spec.replicas.cpus) + spec.trainings.at_once * TRAINING_CPUS
     signals = Signals()
     with signals.heard(), session(resolve_address(address), cpus, storage):
         signals.listen()  # Ray has taken them

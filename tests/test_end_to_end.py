@@ -25,7 +25,7 @@ QUICK = [
 def booth(root: Path, *arguments: str) -> dict[str, Any]:
     """The JSON answer of a command that must end well."""
     done = subprocess.run(
-        [*RAYBOOTH, *arguments, "--storage", str(root), "--json"], capture_output=True, text=True, timeout=400
+        [*RAYBOOTH, *arguments, "--storage", str(root), "--json"], capture_output=True, text=True, timeout=900
     )
     assert done.returncode == 0, done.stderr[-3000:]
     answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import ray
+from ray._private import worker
 
 from cluster.errors import SystemFailure, UserError
 from cluster.mailbox import connect, create, fetch, put
@@ -22,8 +23,14 @@ from cluster.storage import Storage
 
 
 @pytest.mark.slow
-def test_a_private_ray_has_the_cpus_that_were_asked_for_and_carries_letters(storage: Storage) -> None:
+def test_a_private_ray_has_the_cpus_that_were_asked_for_and_carries_letters(
+    storage: Storage, capsys: pytest.CaptureFixture[str]
+) -> None:
     with session(None, 5, storage):
+        capsys.readouterr()
+        worker.print_to_stdstream({"lines": ["out of memory"], "pid": "raylet", "is_err": False}, False)
+        said = capsys.readouterr()
+        assert "out of memory" in said.err and not said.out
         assert (cpu_count(), gpu_count() >= 0, node_count()) == (5, True, 1)
         seen = ray.get(ray.remote(lambda: dict(os.environ)).remote())
         assert seen["TOKENIZERS_PARALLELISM"] == "false" and seen["OMP_NUM_THREADS"] == "1"

@@ -16,7 +16,7 @@ from uuid import uuid4
 import numpy as np
 import pytest
 
-from cluster.mailbox import Event, create, put
+from cluster.mailbox import Event, Mailbox, create, put
 from cluster.storage import Storage
 from training.artifact import open_artifact
 from training.gang import GangShape, run_gang
@@ -99,15 +99,44 @@ class Story:
 Act = Callable[[Event, Story], None]
 
 
+def patient() -> type[Mailbox]:
+    """A mailbox whose gang trains on only when the test has acted on what it said: no fault comes too late."""
+
+    class Patient(Mailbox):  # in here, so that Ray sends it whole: the actor's process cannot import tests
+        def __init__(self) -> None:
+            super().__init__()
+            self._delivered = self._acted_on = 0  # events
+
+        async def report(self, n: int, rank: int, kind: str, payload: Any, slot: int = 0) -> None:
+            await super().report(n, rank, kind, payload, slot)
+            if kind in ("started", "steps", "checkpoint", "note"):
+                async with self._changed:
+                    mine = self._delivered + len(self._events)
+                    await self._changed.wait_for(lambda: self._acted_on >= mine)
+
+        async def drain(self, wait_s: float = 0.0) -> list[Event]:
+            async with self._changed:
+                self._acted_on = self._delivered
+                self._changed.notify_all()
+            events = await super().drain(wait_s)
+            self._delivered += len(events)
+            return events
+
+    return Patient
+
+
 class Gang:
-    """A gang at work, and its mailbox: trains lease after lease, whatever is done to it."""
+    """A gang at work, and its mailbox: trains lease after lease, whatever is done to it.
+
+    What a test does about a start, a step, a checkpoint or a note is done before the worker that told of it trains on.
+    """
 
     def __init__(self, shape: GangShape, scratch: Path | None = None) -> None:
         self._began = time.monotonic()
         self.start_s: float | None = None
         """Seconds from nothing to the first run: processes, imports, the base."""
         self.name = f"test-{uuid4().hex[:8]}"
-        self.box = create(self.name)
+        self.box = create(self.name, patient())
         self._pool = ThreadPoolExecutor(1)
         notes = str(scratch) if scratch else None
         self._run: Future[None] = self._pool.submit(run_gang, self.name, shape, notes)
@@ -126,6 +155,11 @@ class Gang:
                     if event.kind in ("published", "failed"):
                         return story
         raise TimeoutError([event for _, event in story.events if event.kind != "step"])
+
+    def restarts_within(self) -> float:
+        """Seconds: a start took so long, and the machine may be busier since; what we add to it is little."""
+        assert self.start_s is not None
+        return 30 + 4 * self.start_s
 
     def close(self) -> None:
         self.box.stop()

@@ -2,6 +2,7 @@
 
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -17,7 +18,7 @@ from werkzeug.serving import WSGIRequestHandler, make_server
 
 import cluster.remote
 from cluster.errors import SystemFailure, UserError, failure_of
-from cluster.mailbox import Event
+from cluster.mailbox import MEMORY, Event
 from cluster.objects import StorageError
 from cluster.session import session
 from cluster.storage import Storage
@@ -65,11 +66,13 @@ def test_workers_that_are_killed_go_on_from_the_checkpoint_to_the_same_weights(
     tell: Any,
     victims: str,
 ) -> None:
+    hit: list[int] = []
+
     def act(event: Event, story: Any) -> None:
-        if event.kind == "checkpoint" and event.payload["step"] == 10 and len(story.of("started")) == 1:
-            alive = workers()
-            assert len(alive) == 2
-            for pid in alive[:1] if victims == "one worker" else alive:
+        if not hit and event.kind == "step" and event.payload["step"] > 10:
+            hit.extend(workers())
+            assert len(hit) == 2
+            for pid in hit[:1] if victims == "one worker" else hit:
                 os.kill(pid, signal.SIGKILL)
 
     name = victims.replace(" ", "-")
@@ -77,7 +80,7 @@ def test_workers_that_are_killed_go_on_from_the_checkpoint_to_the_same_weights(
     assert story.of("started", "from_step")[0] == 0
     assert story.of("started", "from_step")[1] >= 10
     assert weights(storage, name) == calm
-    assert story.pauses[0] < 30 + gang.start_s
+    assert story.pauses[0] < gang.restarts_within()
     tell(f"kill -9 of {victims}", "equal", story.twice, *story.pauses)
 
 
@@ -99,6 +102,26 @@ def test_a_loss_that_is_no_number_ends_the_run_with_its_step_and_images_and_keep
     assert checkpoint.steps_saved(storage, "runs/nan/v1") == [10]
     assert len(story.of("started")) == 1  # the gang lives on
     tell("a loss that is no number", "none: failed, with step and images")
+
+
+def test_a_worker_that_runs_out_of_memory_fails_the_run_as_such_and_the_gang_lives_on(
+    gang: Any, calm: Weights, make_lease: Callable[..., Lease], storage: Storage, weights: Any, tell: Any
+) -> None:
+    def act(event: Event, story: Any) -> None:
+        if event.kind == "started" and len(story.of("started")) == 1:
+            pid = event.payload["pid"]
+            pages = int(Path(f"/proc/{pid}/statm").read_text().split()[0])
+            most = pages * os.sysconf("SC_PAGE_SIZE") + 256_000_000
+            resource.prlimit(pid, resource.RLIMIT_AS, (most, most))
+
+    story = gang.train(make_lease("greedy", storage.uri, train={"pairs_per_step": 4096}), act)
+    [failed] = story.of("failed")
+    assert failed["kind"] == MEMORY
+    error = failure_of(failed)
+    assert "allocate memory" in error.seen and "train.pairs_per_step" in error.do
+    gang.train(make_lease("modest", storage.uri))
+    assert weights(storage, "modest") == calm
+    tell("a worker without memory", "none: failed, as such")
 
 
 # -- disks -------------------------------------------------------------------------------------------------

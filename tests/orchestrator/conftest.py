@@ -3,11 +3,13 @@
 import importlib.util
 import os
 import pwd
+import random
 import shutil
 import socket
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,16 @@ import pytest
 from orchestrator.ledger import Ledger
 
 PASSWORD = "not-to-be-shown"
+PATIENCE_S = 300  # on a machine that is busy elsewhere
+
+
+def _free_port() -> int:
+    """A port that nothing takes by chance, now or later: outgoing connections get theirs from 32768 on."""
+    for port in random.SystemRandom().sample(range(20000, 32000), 100):
+        with socket.socket() as free, suppress(OSError):
+            free.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("no port is free")
 
 
 @dataclass
@@ -46,10 +58,7 @@ class Server:
             options = {"user": nobody.pw_uid, "group": nobody.pw_gid, "extra_groups": []}
         (home / "password").write_text(PASSWORD)
         (home / "password").chmod(0o644)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        server = cls(home, installed / "pginstall" / "bin", options, port)
+        server = cls(home, installed / "pginstall" / "bin", options, _free_port())
         secret = ["--auth=scram-sha-256", f"--pwfile={home / 'password'}", "--username=raybooth"]
         server._run("initdb", "-D", str(home / "data"), "--encoding=UTF8", "--no-sync", *secret)
         server.start()
@@ -58,11 +67,13 @@ class Server:
     def start(self) -> None:
         """Come up, or come up again."""
         listen = f"-c listen_addresses=127.0.0.1 -p {self.port} -k {self.home / 'data'} -c fsync=off"
-        self._run("pg_ctl", "-w", "-D", str(self.home / "data"), "-o", listen, "start")
+        self._run("pg_ctl", "-w", "-t", str(PATIENCE_S), "-D", str(self.home / "data"), "-o", listen, "start")
 
     def stop(self) -> None:
         """Break off what is being done and end."""
-        self._run("pg_ctl", "-w", "-D", str(self.home / "data"), "-m", "immediate", "stop")
+        self._run(
+            "pg_ctl", "-w", "-t", str(PATIENCE_S), "-D", str(self.home / "data"), "-m", "immediate", "stop"
+        )
 
     def new(self) -> str:
         """The URI of an empty database."""
@@ -80,7 +91,9 @@ class Server:
     def _run(self, program: str, *args: str) -> None:
         with tempfile.TemporaryFile("w+") as said:  # a pipe would be held by the server
             command = [str(self.programs / program), *args]
-            done = subprocess.run(command, cwd="/", stdout=said, stderr=said, timeout=60, **self.options)
+            done = subprocess.run(
+                command, cwd="/", stdout=said, stderr=said, timeout=PATIENCE_S, **self.options
+            )
             said.seek(0)
             assert done.returncode == 0, f"{program}: {said.read()}"
 

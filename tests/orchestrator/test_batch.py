@@ -36,7 +36,7 @@ from training.resident import DrawWorker
 from training.stream import Pool
 
 PROMPTS = ("a photo of {subject} on the beach", "a red clock, {subject}")
-PATIENCE_S = 300  # on a machine that is busy elsewhere
+PATIENCE_S = 900  # on a machine that is busy elsewhere
 
 
 def publish(storage: Storage, base_folder: Path, scratch: Path, name: str, method: str, seed: int) -> None:
@@ -254,17 +254,19 @@ def test_a_batch_draws_what_generate_draws_and_only_once(
 def test_a_batch_that_is_killed_goes_on_and_each_image_is_there_once_with_the_same_bytes(
     a_ray: None, studio: Storage, tmp_path: Path
 ) -> None:
-    out, steps = tmp_path / "out", 150
+    steps, environment = 150, {**os.environ, "RAY_AUTH_MODE": "token"}
     options = ["--subjects", "rex,pip,tom,ada", PROMPTS[0], "-n", "4", "--steps", str(steps), "--json"]
-    roots = ["--out", str(out), "--storage", studio.uri]
-    joined = ["--address", ray.get_runtime_context().gcs_address]
-    command = [sys.executable, "-m", "orchestrator", "batch", *options, *roots, *joined]
-    environment = {**os.environ, "RAY_AUTH_MODE": "token"}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    wait_for(lambda: len(list(out.glob("manifests/*/*.json"))) >= 1 or process.poll() is not None)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    before = {path: path.stat().st_mtime_ns for path in out.glob("*-v1/*.png")}
+    joined = ["--storage", studio.uri, "--address", ray.get_runtime_context().gcs_address]
+    for number in range(3):  # on a busy machine the kill may come too late
+        out = tmp_path / f"out-{number}"
+        command = [sys.executable, "-m", "orchestrator", "batch", *options, "--out", str(out), *joined]
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        wait_for(lambda: any(out.glob("manifests/*/*.json")) or process.poll() is not None)  # noqa: B023
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        before = {path: path.stat().st_mtime_ns for path in out.glob("*-v1/*.png")}
+        if len(before) < 12:
+            break
     assert process.returncode == -signal.SIGKILL and 4 <= len(before) < 12
 
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE_S)

@@ -177,6 +177,7 @@ def test_a_controller_that_was_killed_is_gone_on_from_with_the_same_groups(ledge
     state, rows = run(ledger, second, {"bank": 1})  # the setting may differ: what is on record goes before it
     assert state == "succeeded" and {n: (r.group_no, r.width) for n, r in rows.items()} == groups
     assert sorted(map(len, second.leases)) == [2, 4]
+    assert {row.attempts for row in rows.values()} == {1}  # the try that the kill ended cost nothing
 
 
 def test_cancelling_one_subject_leaves_the_others(ledger: Ledger) -> None:
@@ -212,7 +213,8 @@ def test_a_spent_budget_saves_what_trains_and_the_campaign_can_be_gone_on_with(l
     state, rows = run(ledger, works, budget={"hours": 1e-9})
     assert state == "stopped" and {row.state for row in rows.values()} == {"queued"}
     assert "budget.hours" in str(ledger.campaign(NAME).reason)
-    assert run(ledger, IdleWorks())[0] == "succeeded"
+    state, rows = run(ledger, IdleWorks())
+    assert state == "succeeded" and {row.attempts for row in rows.values()} == {1}
 
 
 def test_a_tenant_never_trains_more_than_its_share(ledger: Ledger) -> None:

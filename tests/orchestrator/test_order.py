@@ -186,16 +186,6 @@ def test_a_group_that_is_pushed_late_takes_its_place():
     assert popped(queue) == [2, 0, 1]
 
 
-def test_a_group_that_is_no_longer_wanted_does_not_come():
-    queue = Queue()
-    for number in range(3):
-        queue.push(group(number))
-    queue.discard(0)
-    queue.discard(7)
-
-    assert popped(queue) == [1, 2]
-
-
 def test_ten_thousand_groups_of_many_tenants_are_ordered_in_a_second():
     draw = random.Random(0)
     waiting = [

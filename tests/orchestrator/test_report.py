@@ -94,12 +94,14 @@ def trained(storage: Storage, folder: Path, name: str) -> None:
     storage.write(f"runs/{name}/v1/samples.png", picture(50))
 
 
-def drawn(storage: Storage, count: int) -> None:
-    """What a gallery leaves of `rex-v1`: `count` images of the prompt, and its index."""
+def drawn(storage: Storage, count: int, *prompts: str) -> None:
+    """What a gallery leaves of `rex-v1`: `count` images, of the prompt or of `prompts` in turn, and its index."""
     paths = [f"rex-v1/{seed}.png" for seed in range(count)]
     for seed, path in enumerate(paths):
         storage.write(f"campaigns/album/images/{path}", picture(seed))
     columns = {"subject": ["rex"] * count, "version": ["v1"] * count, "prompt": [PROMPT] * count}
+    if prompts:
+        columns["prompt"] = [prompts[seed % len(prompts)] for seed in range(count)]
     columns |= {"seed": list(range(count)), "path": paths, "row": [None] * count}
     storage.write_rows("campaigns/album/images/index.parquet", columns)
 
@@ -145,6 +147,17 @@ def test_the_page_shows_what_became_of_every_subject(storage: Storage, tmp_path:
     links = [a["href"] for a in page.all("a") if "images" in str(a.get("href"))]
     assert len(links) == 3 and all((report / str(link)).is_file() for link in links)
     assert "<script>alert" not in text and "<b>light" not in text and len(page.all("script")) == 1
+
+
+def test_pictures_stand_in_the_order_of_the_prompts(storage: Storage) -> None:
+    drawn(storage, 4, "another {subject}", PROMPT)
+    page, _ = page_of(storage, [run(0, "rex", "succeeded", version="v1")])
+    assert [str(img["alt"]) for img in page.all("img")] == [
+        f"{PROMPT}, seed 1",
+        f"{PROMPT}, seed 3",
+        "another {subject}, seed 0",
+        "another {subject}, seed 2",
+    ]
 
 
 def test_the_page_needs_no_network(storage: Storage, tmp_path: Path) -> None:

@@ -100,7 +100,7 @@ def test_a_log_gets_a_line_per_change(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(campaign_watch, "REFRESH_S", 0.0)
     monkeypatch.setattr(campaign_watch, "SHARE", 1e9)
     stream = io.StringIO()
-    waiting, bad = run(0, "queued"), run(1, "preparing")
+    waiting, bad, new = run(0, "queued"), run(1, "preparing"), run(0, "preparing")
     trained = replace(waiting, state="training", step=12, gang="gang-1")
     again = replace(
         trained, state="queued", attempts=2, reason={"what": "a node was lost", "seen": "", "do": ""}
@@ -110,11 +110,14 @@ def test_a_log_gets_a_line_per_change(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     failed = replace(bad, state="failed", reason=DAMAGED)
     with CampaignWatch(stream) as watch:
-        for rows in ([waiting, bad], [trained, bad], [trained, bad], [again, failed], [done, failed]):
+        for now in (new, waiting, replace(trained, phase="starting", step=30), trained, trained):
+            watch.show(CAMPAIGN, [now, bad])
+        for rows in ([again, failed], [done, failed]):
             watch.show(CAMPAIGN, rows)
     first, *lines, last = stream.getvalue().splitlines()
-    assert first.startswith("album: 0 of 2 succeeded, 1 preparing, 1 queued; 3:20 min")
+    assert first.startswith("album: 0 of 2 succeeded, 2 preparing; 3:20 min")
     assert lines == [
+        "subject-0: ready, waits for a gang",
         "subject-0: training from step 12 of 400 on gang-1",
         "subject-0: queued again, attempt 2: a node was lost",
         "subject-1: failed: 03.jpg is damaged: broken data [bold]stream. save it again",

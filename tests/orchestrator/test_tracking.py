@@ -13,6 +13,8 @@ from orchestrator.mlflow_tracker import MlflowTracker
 from orchestrator.tracking import Mirrors, mirror
 from training.png import encode_png
 
+PATIENCE_S = 300  # on a machine that is busy elsewhere
+
 
 def said(first: int, last: int) -> list[dict[str, Any]]:
     """Steps `first` to `last` with a validation after every second, as `events.jsonl` has them."""
@@ -45,7 +47,10 @@ def test_a_run_that_goes_on_has_every_step_once_and_what_the_machine_did(
     tracker, mirrors = opened(None)
     sample = {"event": "sample", "step": 2, "path": "runs/rex/v1/samples/step_000002.png"}
     mirror([*said(1, 3), sample], mirrors, storage)
-    time.sleep(1.0)
+    client, until = MlflowClient(tracking_uri=uri), time.monotonic() + PATIENCE_S
+    while "system/cpu_utilization_percentage" not in client.get_run(tracker.run_id).data.metrics:
+        assert time.monotonic() < until
+        time.sleep(0.1)
     mirrors.finish("interrupted")
 
     later, mirrors = opened(tracker.run_id)
@@ -56,9 +61,8 @@ def test_a_run_that_goes_on_has_every_step_once_and_what_the_machine_did(
     mirror(said(5, 5), mirrors, storage)
     began = time.monotonic()
     mirrors.finish("succeeded")
-    assert time.monotonic() - began < 20.0
+    assert time.monotonic() - began < 60.0  # MLflow itself would wait for a sample of the machine
 
-    client = MlflowClient(tracking_uri=uri)
     history = {
         key: [m.step for m in client.get_metric_history(tracker.run_id, key)]
         for key in ("loss_subject", "loss_class", "lr", "validation_loss", "validation_loss_class")
