@@ -6,7 +6,7 @@ from typing import Any
 
 from cluster.errors import UserError
 from cluster.storage import Storage
-from orchestrator.campaign_settings import CampaignSettings
+from orchestrator.campaign_settings import CampaignSettings, Schedule
 from orchestrator.detached import detach
 from orchestrator.ledger import Ledger
 from orchestrator.manifest import CampaignSpec, Row
@@ -73,7 +73,8 @@ class CampaignTrainer:
     def enroll(self, order: TrainingOrder) -> None:
         """Put a training on record."""
         name = campaign_of(order.id)
-        settings = CampaignSettings(name=name, prompts=(), track=self._track)
+        alone = Schedule(gangs=1, bank=1)  # nobody to train together with: nothing to measure
+        settings = CampaignSettings(name=name, prompts=(), schedule=alone, track=self._track)
         row = Row(order.subject, order.class_noun, order.tenant, 0, self._run(order), None)
         with self._record() as ledger:
             enroll(CampaignSpec(name, {}, [row], settings, f"training {order.id}"), ledger, self._storage)
