@@ -49,7 +49,9 @@ class Erasure:
         refusal = one_at_a_time(subject)
         with storage.lock_or_refuse(f"locks/train-{_checked(subject)}", refusal):
             kept: list[str] = []
-            campaigns = self._let_go(subject)
+            running: list[str] = []
+            campaigns = self._let_go(subject, running)
+            kept += [f"the campaign {name} goes on, and its report will name the subject" for name in running]
             paths = [*self._own(subject), *self._in_campaigns(subject)]
             removed, files = [], 0
             for path in paths:
@@ -115,26 +117,36 @@ class Erasure:
 
     # -- the record of campaigns ---------------------------------------------------------------------------
 
-    def _let_go(self, subject: str) -> list[str]:
+    def _let_go(self, subject: str, running: list[str]) -> list[str]:
         """Campaigns that know the subject, in none of which it may be trained from here on.
+
+        Args:
+            subject: The subject.
+            running: Takes those that go on for others.
 
         Raises:
             UserError: A controller has it.
         """
-        found = []
+        found: list[str] = []
         with Ledger(self._ledger) as ledger:
             for campaign in ledger.campaigns():
-                mine = [row for row in ledger.runs(campaign.name) if row.name == subject]
+                rows = ledger.runs(campaign.name)
+                mine = [row for row in rows if row.name == subject]
                 if not mine:
                     continue
                 found.append(campaign.name)
-                if mine[0].state not in ENDED:
-                    if ledger.holder(campaign.name):
-                        raise UserError(
-                            f"{subject} is being trained",
-                            f"in the campaign {campaign.name}",
-                            f"cancel it first: raybooth campaign cancel {campaign.name} {subject}",
-                        )
+                ended, held = mine[0].state in ENDED, ledger.holder(campaign.name)
+                if held and (not ended or len(rows) == 1):  # a controller's last act is a report of its runs
+                    raise UserError(
+                        f"{subject} is being trained",
+                        f"in the campaign {campaign.name}",
+                        "wait for its end"
+                        if ended
+                        else f"cancel it first: raybooth campaign cancel {campaign.name} {subject}",
+                    )
+                if held:
+                    running.append(campaign.name)
+                if not ended:
                     ledger.ask(campaign.name, "cancel", [subject])
         return found
 
