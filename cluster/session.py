@@ -165,9 +165,7 @@ def _private(cpus: int, common: Mapping[str, Any]) -> Iterator[None]:
     # imported.
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     # Its processes inherit ours. As a runtime environment of the job, Ray would start every worker for it anew.
-    for name, value in (_PRIVATE if sees_gpu() else _PRIVATE | _WITHOUT_GPU).items():
-        os.environ.setdefault(name, value)
-    with _temporary_folder() as folder:
+    with _environ(_PRIVATE if sees_gpu() else _PRIVATE | _WITHOUT_GPU), _temporary_folder() as folder:
         try:
             with _nothing_on_stderr(), _few_processes(), _patience():
                 ray.init(
@@ -186,6 +184,18 @@ def _private(cpus: int, common: Mapping[str, Any]) -> Iterator[None]:
             yield
         finally:
             ray.shutdown()
+
+
+@contextmanager
+def _environ(values: Mapping[str, str]) -> Iterator[None]:
+    """Environment variables for the time of a `with`, those that are not set: no cluster joined later is to see them."""
+    added = {name: value for name, value in values.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from typing import Any
 
@@ -106,7 +106,9 @@ def map_resident(
     if not rows:
         return
     with _streaming():
-        blocks = min(ceil(len(rows) / batch_size), MOST_BLOCKS)
+        batches = ceil(len(rows) / batch_size)
+        blocks = min(batches, MOST_BLOCKS)
+        pool = replace(pool, actors=min(pool.actors, batches))  # more would find nothing to do
         dataset = ray.data.from_items(list(rows), override_num_blocks=blocks)
         yield from _map_actors(dataset, worker, arguments, pool, batch_size).iter_rows()
 

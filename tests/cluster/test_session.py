@@ -11,6 +11,7 @@ from ray._private import worker
 from cluster.errors import SystemFailure, UserError
 from cluster.mailbox import connect, create, fetch, put
 from cluster.session import (
+    _EVERYWHERE,
     check_fits,
     cpu_count,
     gpu_count,
@@ -91,3 +92,14 @@ def test_a_private_ray_leaves_its_folder_only_after_a_failure_and_then_says_wher
             raise SystemFailure("a disk is full", "", "make room")
         [kept] = Path(parent).glob("rb-*")
         assert caught.value.do == f"make room; Ray's logs are in {kept}"
+
+
+@pytest.mark.slow
+def test_what_a_private_ray_is_started_with_is_not_left_for_a_cluster_that_is_joined_later(
+    storage: Storage,
+) -> None:
+    before = dict(os.environ)
+    with session(None, 1, storage):
+        assert os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] == "0"
+    assert "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER" not in os.environ
+    assert set(os.environ) - set(before) <= {*_EVERYWHERE, "RAY_AUTH_TOKEN"}
