@@ -188,7 +188,7 @@ def _private(cpus: int, common: Mapping[str, Any]) -> Iterator[None]:
 
 @contextmanager
 def _environ(values: Mapping[str, str]) -> Iterator[None]:
-    """Environment variables for the time of a `with`, those that are not set: no cluster joined later is to see them."""
+    """Environment variables, where they are not set, for the time of a `with`: no cluster joined later sees them."""
     added = {name: value for name, value in values.items() if name not in os.environ}
     os.environ.update(added)
     try:
