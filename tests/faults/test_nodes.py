@@ -27,8 +27,7 @@ from training.gang import GangShape
 from training.lease import Lease
 
 pytestmark = [pytest.mark.slow, pytest.mark.faults, pytest.mark.timeout(1800)]
-STEPS = 240
-BRAKE_S = 0.4  # a checkpoint, for the worker too: the run must not end before Ray has heard of a node
+STEPS = 300
 
 
 @pytest.fixture(scope="module")
@@ -91,11 +90,9 @@ def test_a_gang_goes_on_with_the_nodes_there_are_and_to_the_losses_of_one_worker
     def act(event: Event, story: Any) -> None:
         nonlocal second
         workers = story.of("started", "workers")
-        if event.kind == "checkpoint" and todo == ["die"]:
-            time.sleep(BRAKE_S)
         if event.kind == "checkpoint" and workers == [2] and todo == ["reclaim", "die"]:
             todo.remove("reclaim")
-            reclaim(nodes, second, deadline_s=120)
+            reclaim(nodes, second, deadline_s=15)
         elif event.kind == "left" and workers == [2]:
             nodes.remove_node(second, allow_graceful=False)
         elif event.kind == "checkpoint" and workers == [2, 1] and len(nodes.worker_nodes) == 0:
@@ -123,7 +120,7 @@ def test_a_gang_goes_on_with_the_nodes_there_are_and_to_the_losses_of_one_worker
     for name, value in tensors(storage, "hurt").items():
         np.testing.assert_allclose(value, tensors(storage, "calm")[name], atol=1e-4)
     noticed, grown, lost = story.pauses
-    assert max(story.pauses) < gang.restarts_within()
+    assert max(story.pauses) < 30 + gang.start_s
     tell("node taken away with notice", "losses to 1e-5", 0, noticed)
     tell("node added: one more worker", "losses to 1e-5", 0, grown)
     tell("node killed", "losses to 1e-5", story.twice, lost)
