@@ -13,6 +13,7 @@ import yaml
 from orchestrator.campaign_settings import KEYS
 from orchestrator.cli import app
 from orchestrator.manifest import load_campaign
+from orchestrator.service import ServiceSpec
 from training.recipe import Recipe, Run, with_defaults
 
 ROOT = Path(__file__).parent.parent
@@ -63,13 +64,15 @@ def test_every_setting_in_the_documents_exists(line: str) -> None:
         Recipe.model_validate(with_defaults(spec))
 
 
-def test_every_yaml_in_the_documents_is_a_run() -> None:
+def test_every_yaml_in_the_documents_is_a_run_or_a_service() -> None:
     blocks = [
         b for page in DOCUMENTS for b in re.findall(r"```yaml\n(.*?)```", page.read_text("utf-8"), re.DOTALL)
     ]
     assert blocks
     for block in blocks:
-        if "subjects:" not in block:
+        if block.startswith("# serve.yaml"):
+            ServiceSpec.model_validate(yaml.safe_load(block))
+        elif "subjects:" not in block:
             Run.model_validate(with_defaults(yaml.safe_load(block)))
 
 
