@@ -102,7 +102,11 @@ def test_a_damaged_shard_is_refused(tiny_base: Path, storage: Storage) -> None:
     assert type(caught.value) is SystemFailure and caught.value.do
 
 
-def test_a_damaged_shard_refuses_its_set_and_the_other_sets_go_on(tiny_base: Path, storage: Storage) -> None:
+@pytest.mark.parametrize("shards_per_reader", [64, 1], ids=["read by the actor", "read by tasks"])
+def test_a_damaged_shard_refuses_its_set_and_the_other_sets_go_on(
+    tiny_base: Path, storage: Storage, monkeypatch: pytest.MonkeyPatch, shards_per_reader: int
+) -> None:
+    monkeypatch.setattr("training.stream.SHARDS_PER_READER", shards_per_reader)
     base = open_base(str(tiny_base))
     few = PRIOR.model_copy(update={"num_images": 2})
     for noun in ("dog", "cat"):
