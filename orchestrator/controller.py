@@ -31,7 +31,7 @@ from orchestrator.recovery import Again, Failure, History, Kind, Size, decide
 from orchestrator.roster import Roster
 from orchestrator.turns import Turns
 
-POLL_S = 0.2  # a table feels live at 5 Hz
+POLL_S = 0.5  # a table feels live, and every look asks the mailbox of each gang
 RECORD_S = 1.0  # how old the steps on record may be; states are recorded at once
 CANCELLED = {"what": "cancelled", "seen": "", "do": "raybooth campaign retry goes on with it"}
 WISHES_S = 0.5  # until a cancel is heard
