@@ -130,6 +130,6 @@ def spent_by(command: Sequence[str], log: Path, folder: Path | None = None) -> S
             except ChildProcessError:
                 break
     if code:
-        raise SystemExit(f"{' '.join(command)} failed:\n{log.read_text()[-3000:]}")
+        raise SystemExit(f"{' '.join(command)} ended with {code}:\n{log.read_text()[-3000:]}")
     roles = watch.stop()
     return Spent(sum(cpu for _, cpu in roles.values()), took, roles)
