@@ -1,4 +1,4 @@
-"""This file is where this machine is asked how much memory it has, without torch and without Ray."""
+"""This file is where this machine is asked how much memory it has, and whether it has a GPU; no torch, no Ray."""
 
 import os
 import subprocess
@@ -45,3 +45,8 @@ def _limits(cgroups: Path, membership: Path) -> list[int]:
             if limit.isdigit() and int(limit) < _UNLIMITED:
                 found.append(int(limit))
     return found
+
+
+def sees_gpu() -> bool:
+    """Whether this machine has an NVIDIA GPU and CUDA_VISIBLE_DEVICES does not hide it, without importing torch."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES") != "" and Path("/dev/nvidiactl").exists()

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from cluster.disk import TEMPORARY, append_whole, write_whole
-from cluster.errors import SystemFailure, UserError
+from cluster.errors import RayboothError, SystemFailure, UserError
 from cluster.remote import open_remote, read_whole
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -44,6 +44,22 @@ class StorageError(OSError):
         """The end of a command that cannot go on without it."""
         do = "make room there" if self.full else "see that it can be reached and written"
         return SystemFailure(self.what, self.seen, f"{do} and run the same command again to go on")
+
+
+def failure_about(what: str, error: Exception, do: str = "ask again") -> RayboothError:
+    """The error for people that anything which was raised becomes; one that is for people stays as it is.
+
+    Args:
+        what: What could not be done.
+        error: What was raised.
+        do: What to do about one that nobody foresaw.
+    """
+    if isinstance(error, RayboothError):
+        return error
+    if isinstance(error, StorageError):
+        return error.failure()
+    seen = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return SystemFailure(what, f"{type(error).__name__}: {seen}", do)
 
 
 class Objects:

@@ -3,30 +3,21 @@
 import importlib
 import logging
 import os
-import secrets
-import shutil
 import socket
-import sys
-import tempfile
 import threading
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import ray
-from ray._private import services, worker
+from ray._private import worker
 from ray.exceptions import RayError
 
 from cluster.errors import SystemFailure, UserError
+from cluster.private import private_ray
 from cluster.storage import Storage
 
-OBJECT_STORE_BYTES = 512 * 1024**2  # of a private Ray: latents and photos are small, /dev/shm often is too
 CONNECT_S = 10  # to a cluster's head
-START_S = 120  # for Ray's own processes; Ray itself gives up after 30 s, which a busy machine may need
-LONGEST_TEMPORARY = 40  # characters: a socket's path ends at 107, and Ray appends about 60 of its own
 
 # What every process of a session sees, drivers and workers alike, unless the user has set it.
 _EVERYWHERE = {
@@ -43,10 +34,6 @@ _EVERYWHERE = {
     "RAY_agent_register_timeout_ms": "300000",
     "RAY_gcs_server_port_wait_time_s": "120",
 }
-# Of a private Ray, which nobody drains and nobody watches: each of these is a process or work for one.
-_PRIVATE = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0", "RAY_TRAIN_METRICS_ENABLED": "0"}
-# Where there is no GPU: DeepSpeed would compile kernels nobody calls (91 s), and imports inductor (2-3 s).
-_WITHOUT_GPU = {"DS_ACCELERATOR": "cpu", "TORCHDYNAMO_DISABLE": "1"}
 # Passed on to workers when the driver has them.
 _INHERITED = ("HF_HUB_OFFLINE", "HF_HOME", "HF_HUB_CACHE", "HF_TOKEN", "RAYBOOTH_STORAGE")
 
@@ -74,7 +61,7 @@ def session(address: str | None, cpus: int, storage: Storage) -> Iterator[None]:
         os.environ.setdefault(name, value)
     worker.print_to_stdstream = _tell_people
     common = {"log_to_driver": False, "logging_level": logging.ERROR}
-    with _joined(address, common) if address else _private(cpus, common):
+    with _joined(address, common) if address else private_ray(cpus, common):
         _check_shared(storage)
         yield
 
@@ -157,67 +144,6 @@ def _joined(address: str, common: Mapping[str, Any]) -> Iterator[None]:
         ray.shutdown()
 
 
-@contextmanager
-def _private(cpus: int, common: Mapping[str, Any]) -> Iterator[None]:
-    """A Ray of our own on this machine."""
-    # Other users of this machine must not run code in it; the secret ends with this process. Ray turns token mode
-    # on for a local cluster by itself; set here, it would come too late, because Ray reads the mode when it is
-    # imported.
-    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    # Its processes inherit ours. As a runtime environment of the job, Ray would start every worker for it anew.
-    with _environ(_PRIVATE if sees_gpu() else _PRIVATE | _WITHOUT_GPU), _temporary_folder() as folder:
-        try:
-            with _nothing_on_stderr(), _few_processes(), _patience():
-                ray.init(
-                    address="local",
-                    num_cpus=cpus,
-                    include_dashboard=False,
-                    object_store_memory=OBJECT_STORE_BYTES,
-                    _temp_dir=str(folder),
-                    **common,
-                )
-        except Exception as error:  # Ray raises that very class when its processes do not come up
-            raise SystemFailure(
-                "Ray does not start on this machine", str(error), "run `raybooth doctor`"
-            ) from error
-        try:
-            yield
-        finally:
-            ray.shutdown()
-
-
-@contextmanager
-def _environ(values: Mapping[str, str]) -> Iterator[None]:
-    """Environment variables, where they are not set, for the time of a `with`: no cluster joined later sees them."""
-    added = {name: value for name, value in values.items() if name not in os.environ}
-    os.environ.update(added)
-    try:
-        yield
-    finally:
-        for name in added:
-            os.environ.pop(name, None)
-
-
-@contextmanager
-def _few_processes() -> Iterator[None]:
-    """Have Ray start without those of its processes that a private one has no use for.
-
-    They are what follows logs for drivers that show them, what asks a cloud for nodes, and the modules of a dashboard
-    that is not shown: 5 CPU seconds. Ray has no setting for it; the version that we pin has these two places.
-    """
-    parameters, dependencies = (
-        ray._private.parameter.RayParams,
-        ray._private.utils.get_dashboard_dependency_error,
-    )
-    ray._private.parameter.RayParams = partial(parameters, include_log_monitor=False, no_monitor=True)
-    ray._private.utils.get_dashboard_dependency_error = lambda: ImportError("not wanted")
-    try:
-        yield
-    finally:
-        ray._private.parameter.RayParams = parameters
-        ray._private.utils.get_dashboard_dependency_error = dependencies
-
-
 def is_private() -> bool:
     """Whether the Ray of this process is one that it has started: all of it ends with this process."""
     node = ray._private.worker._global_node
@@ -294,67 +220,9 @@ def _environment() -> dict[str, str]:
     return {name: os.environ[name] for name in sorted(names) if name in os.environ}
 
 
-def sees_gpu() -> bool:
-    """Whether this machine has an NVIDIA GPU and CUDA_VISIBLE_DEVICES does not hide it, without importing torch."""
-    return os.environ.get("CUDA_VISIBLE_DEVICES") != "" and Path("/dev/nvidiactl").exists()
-
-
 def _tell_people(data: Mapping[str, Any], ignore_prefix: bool) -> None:
     """Ray's core has its warnings printed on stdout, which is for programs."""
     _print_to_stdstream({**data, "is_err": True}, ignore_prefix)
 
 
 _print_to_stdstream = worker.print_to_stdstream
-
-
-@contextmanager
-def _nothing_on_stderr() -> Iterator[None]:
-    """Ray's core announces its log level on the terminal; what goes wrong in here is raised, not written."""
-    sys.stderr.flush()
-    kept = os.dup(2)
-    with Path(os.devnull).open("wb") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-
-
-@contextmanager
-def _patience() -> Iterator[None]:
-    """Wait for a node that starts, where Ray would ask in a loop for 30 s."""
-    get_node = services.get_node
-
-    def patiently(*wanted: Any) -> Any:
-        until = time.monotonic() + START_S
-        while True:
-            try:
-                return get_node(*wanted)
-            except RuntimeError:
-                if time.monotonic() > until:
-                    raise
-            time.sleep(0.05)
-
-    services.get_node = patiently
-    try:
-        yield
-    finally:
-        services.get_node = get_node
-
-
-@contextmanager
-def _temporary_folder() -> Iterator[Path]:
-    """A folder for Ray's sockets and logs, with a short path; kept, for its logs, after a `SystemFailure`."""
-    parent = tempfile.gettempdir()
-    folder = Path(tempfile.mkdtemp(prefix="rb-", dir=parent if len(parent) <= LONGEST_TEMPORARY else "/tmp"))
-    kept = False
-    try:
-        yield folder
-    except SystemFailure as error:
-        kept = True
-        error.do = "; ".join(part for part in (error.do, f"Ray's logs are in {folder}") if part)
-        raise
-    finally:
-        if not kept:
-            shutil.rmtree(folder, ignore_errors=True)

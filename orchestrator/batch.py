@@ -20,8 +20,8 @@ from orchestrator.progress import Stages
 from orchestrator.wanted import Wanted, wanted_images
 from serving.provenance import Provenance
 from training.pipeline import BaseInfo
+from training.request import FORWARD_ROWS
 from training.stream import Pool, draw_grouped
-from training.studio import FORWARD_ROWS
 
 SHARD = 64  # images that go on record together, and
 SHARD_S = 60.0  # seconds after which they do anyway: what a killed process draws again at most

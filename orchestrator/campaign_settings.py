@@ -3,12 +3,12 @@
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator
 
 from cluster.errors import UserError
 from orchestrator.spec import explained
 from training.prompt import render_prompt
-from training.recipe import Recipe, SamplerName, Track
+from training.recipe import Recipe, SamplerName, Section, Track
 
 NAME = r"^[a-z0-9][a-z0-9_-]{0,62}$"
 TENANT = r"^[A-Za-z0-9][A-Za-z0-9._@-]{0,62}$"
@@ -16,13 +16,7 @@ PRIORITIES = 1000  # either way
 PROMPTS = ("a photo of {subject}",)
 
 
-class _Section(BaseModel):
-    """A section of the YAML: unknown keys are refused, values are checked as given."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
-
-
-class Images(_Section):
+class Images(Section):
     """How the images of `prompts` are drawn, of every subject the same."""
 
     num_images: int = Field(default=4, ge=1, le=1000)
@@ -39,7 +33,7 @@ class Images(_Section):
     """What should not be there."""
 
 
-class Budget(_Section):
+class Budget(Section):
     """What the campaign may spend before it stops; what is trained by then stays. `null` is no limit."""
 
     hours: float | None = Field(default=None, gt=0)
@@ -50,7 +44,7 @@ class Budget(_Section):
     """Hours of CPU cores that its gangs hold."""
 
 
-class Schedule(_Section):
+class Schedule(Section):
     """How many runs are trained at a time, and how often one is tried."""
 
     gangs: Literal["auto"] | Annotated[int, Field(ge=1, le=10_000)] = "auto"
@@ -65,7 +59,7 @@ class Schedule(_Section):
     """Attempts of a run that fails by no fault of its own; a lost node does not count."""
 
 
-class CampaignSettings(_Section):
+class CampaignSettings(Section):
     """What holds for a campaign as a whole."""
 
     name: str = Field(pattern=NAME)
@@ -93,7 +87,7 @@ class CampaignSettings(_Section):
         return tuple(dict.fromkeys(prompts))  # one prompt is drawn once, as `generate` does
 
 
-class Standing(_Section):
+class Standing(Section):
     """A run among the others."""
 
     tenant: str = Field(default="default", pattern=TENANT)
@@ -102,7 +96,7 @@ class Standing(_Section):
     """Higher goes first."""
 
 
-class _DefaultSubject(_Section):
+class _DefaultSubject(Section):
     class_noun: str | None = Field(default=None, alias="class", min_length=1, max_length=64)
     """Class noun of subjects that give none."""
     identifier: str = Field(default="auto", min_length=1, max_length=64)
@@ -125,7 +119,7 @@ class _SubjectRow(Recipe, Standing):
     """The rare word that names the subject; `auto` picks one."""
 
 
-class _CampaignFile(_Section):
+class _CampaignFile(Section):
     name: str | None = Field(default=None, pattern=NAME)
     """Name of the campaign; without it, that of the file or of its folder."""
     defaults: _Defaults = _Defaults()

@@ -76,6 +76,8 @@ def serve(
         root.check_writable()
         token = first_token(spec, root)
 
+        output.say(f"starting to serve {spec.base}; Ray and the models take half a minute ...")
+
         def up(url: str) -> None:
             output.say(f"serving {spec.base} at {url}: {url}/openapi.json says what can be asked")
             if token:

@@ -178,7 +178,7 @@ def plan(
       raybooth plan run.yaml --json
     """
     with reporting(as_json, debug) as output:
-        from cluster.session import sees_gpu
+        from cluster.machine import sees_gpu
         from cluster.storage import Storage
         from orchestrator.plan import plan_run
 
@@ -192,17 +192,25 @@ def plan(
 
 def schema(
     campaign: Annotated[bool, typer.Option("--campaign", help="Of campaign.yaml instead.")] = False,
+    serve: Annotated[bool, typer.Option("--serve", help="Of serve.yaml instead.")] = False,
 ) -> None:
-    """Print the JSON Schema of run.yaml or campaign.yaml, for editors.
+    """Print the JSON Schema of run.yaml, campaign.yaml or serve.yaml, for editors.
 
     Examples:
 
       raybooth schema > run.schema.json
 
       raybooth schema --campaign > campaign.schema.json
+
+      raybooth schema --serve > serve.schema.json
     """
     import json
 
+    if serve:
+        from orchestrator.service import ServiceSpec
+
+        print(json.dumps(ServiceSpec.model_json_schema(), indent=2))
+        return
     from orchestrator.campaign_settings import campaign_schema
     from orchestrator.spec import run_schema
 

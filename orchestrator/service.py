@@ -7,7 +7,7 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from cluster.errors import UserError
 from cluster.session import resolve_address, session
@@ -19,7 +19,7 @@ from serving.keys import Keys
 from serving.replicas import Replicas
 from serving.safety import SafetyGuard, SafetySettings
 from serving.settings import ServingSettings
-from training.recipe import merge
+from training.recipe import Section, merge
 
 TRAINING_CPUS = (
     3  # logical ones of a private Ray that trainings need beside the replicas: worker, encoder, stream
@@ -27,10 +27,8 @@ TRAINING_CPUS = (
 LOOK_S = 0.2
 
 
-class Signing(BaseModel):
+class Signing(Section):
     """How images are signed with C2PA manifests."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     certificate: Path | None = None
     """The signer's chain in PEM; without one a chain is made for development, which nobody trusts."""

@@ -23,8 +23,8 @@ from training.lease import Lease
 from training.png import decode_png, encode_png, grid
 from training.prior import draw_prior, prior_count, prior_images
 from training.prompt import render_prompt
+from training.request import FORWARD_ROWS
 from training.stream import Pool, draw_pngs, encode
-from training.studio import FORWARD_ROWS
 
 STOP_S = 30  # a gang that was told to stop ends within one step and its clean-up
 

@@ -4,7 +4,8 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from cluster.session import cpu_count, gpu_count, resolve_address, sees_gpu
+from cluster.machine import sees_gpu
+from cluster.session import cpu_count, gpu_count, resolve_address
 from orchestrator.campaign_settings import Schedule
 from orchestrator.fits import Room
 from training.gang import GangShape

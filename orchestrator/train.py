@@ -1,7 +1,8 @@
 """This file is where `raybooth train` starts: a run is prepared, its version found, and its way begun."""
 
+from cluster.machine import sees_gpu
 from cluster.registry import Registry
-from cluster.session import resolve_address, sees_gpu
+from cluster.session import resolve_address
 from cluster.storage import Storage
 from orchestrator.fits import Room, check_memory
 from orchestrator.prepare import Destination, Prepared, destination, one_at_a_time, prepare

@@ -11,7 +11,7 @@ from training.artifact import Identity, artifact_hash, artifact_path
 from training.pipeline import BaseInfo, load_tokenizer, open_base, token_ids
 from training.prompt import render_prompt
 from training.recipe import SamplerName
-from training.studio import FORWARD_ROWS
+from training.request import FORWARD_ROWS
 
 
 @dataclass(frozen=True)

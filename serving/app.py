@@ -38,9 +38,9 @@ from serving.protocol import (
 from serving.replicas import Replicas
 from serving.safety import SafetySettings
 from serving.settings import ServingSettings
+from training.request import FORWARD_ROWS
 
 NAME = "raybooth"
-ROWS = {False: 8, True: 16}  # of a forward pass, without and with a GPU, as the studio has them
 TRIES = 8  # of an image whose replica is lost, within its deadline
 PAUSE_S = 0.25  # until the next one, doubled each time
 TELL_S = 0.25  # between two words about the steps of an image
@@ -81,7 +81,7 @@ class Replica:
         self._engine = Engine(
             open_base(base, revision),
             storage,
-            "cuda" if settings.gpus else "cpu",
+            settings.device,
             settings.width,
             held,
             guarded(self._guard, Provenance(credentials=credentials).png),
@@ -191,7 +191,7 @@ class HandleArtist:
         except RayTaskError as error:
             raise error.cause from None
         except BackPressureError as error:
-            raise QueueFull(-1, RETRY_S) from error
+            raise QueueFull(WAITING_REQUESTS, RETRY_S) from error
         finally:
             with suppress(Exception):
                 answer.cancel()
@@ -235,7 +235,7 @@ def service(
         safety: Checks of prompts and images.
         signer: Signs C2PA manifests into images; `None` signs none.
     """
-    images = (replicas.width or ROWS[replicas.gpus > 0]) // 2  # that are drawn at a time
+    images = (replicas.width or FORWARD_ROWS[replicas.device]) // 2  # that are drawn at a time
     drawing = serve.deployment(Replica).options(
         name="replica",
         ray_actor_options={"num_cpus": replicas.cpus, "num_gpus": replicas.gpus},

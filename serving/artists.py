@@ -22,7 +22,7 @@ class EngineArtist:
             if not loop.is_closed():
                 loop.call_soon_threadsafe(said.put_nowait, event)
 
-        self.engine.submit(order, say)
+        ticket = self.engine.submit(order, say)
         try:
             while True:
                 event = await said.get()
@@ -32,7 +32,7 @@ class EngineArtist:
                 if isinstance(event, Drawn):
                     return
         finally:
-            self.engine.cancel(order.id)
+            self.engine.cancel(ticket)
 
     async def stats(self) -> Mapping[str, float]:
         """As `Artist.stats`."""

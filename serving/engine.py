@@ -9,13 +9,14 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from uuid import uuid4
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cluster.errors import RayboothError, SystemFailure
-from cluster.objects import StorageError
+from cluster.objects import failure_about
 from cluster.storage import Storage
 from serving.protocol import (
     PRISTINE,
@@ -32,11 +33,12 @@ from serving.scheduler import Entry, Scheduler
 from serving.subjects import NOBODY, Key, Subject, Wardrobe
 from training.pipeline import BaseInfo
 from training.png import Finish, encode_png
-from training.studio import Row, Studio, cost
+from training.studio import Row, Studio
 
 Say = Callable[[Event | Exception], None]
 """Takes what there is to say of one image; called by the engine's threads, so it must not block."""
 SMOOTHING = 0.1  # of the time of a step
+UNDRAWN = "the image could not be drawn"
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class EngineSettings:
 class _Job:
     """One image on its way."""
 
+    ticket: str
     order: ImageOrder
     say: Say
     began: float
@@ -102,31 +105,35 @@ class Engine:
 
     # -- for everybody -------------------------------------------------------------------------------------
 
-    def submit(self, order: ImageOrder, say: Say) -> None:
+    def submit(self, order: ImageOrder, say: Say) -> str:
         """Have an image drawn.
 
         Args:
-            order: What is wanted; its id is not in use.
+            order: What is wanted; asked twice, it is drawn twice.
             say: Told `Joined`, each `Stepped` that is wanted, and `Drawn` or an error in the end.
+
+        Returns:
+            A ticket, for `cancel`.
 
         Raises:
             QueueFull: As many wait as may.
             Draining: The engine takes nothing any more.
         """
-        job = _Job(order, say, time.monotonic())
+        job = _Job(uuid4().hex, order, say, time.monotonic())
         with self._lock:
             if self._draining:
                 raise Draining
             room = self.settings.max_waiting
-            if room is not None and self._held >= room + self._studio.width // cost(order.request):
+            if room is not None and self._held >= room + self._studio.width // order.request.rows:
                 ahead_s = self._step_s * self._rows_ahead() / self._studio.width
                 raise QueueFull(self._held - self._running, max(1.0, ahead_s))
             self._held += 1
-        self._inbox.put(lambda: self._admit(job))
+            self._inbox.put(lambda: self._admit(job))
+        return job.ticket
 
-    def cancel(self, id: str) -> None:
+    def cancel(self, ticket: str) -> None:
         """Give an image up; its row leaves before the next step. One that has ended is none."""
-        self._inbox.put(lambda: self._give_up(id))
+        self._inbox.put(lambda: self._give_up(ticket))
 
     def stats(self) -> dict[str, float]:
         """Rows running, images waiting, subjects and bytes in memory, and what was done so far."""
@@ -154,7 +161,8 @@ class Engine:
 
     def drain(self) -> None:
         """Take nothing new; what was taken is drawn to its end."""
-        self._draining = True
+        with self._lock:
+            self._draining = True
 
     def close(self) -> None:
         """End at once; images that are under way end with `Draining`."""
@@ -172,12 +180,15 @@ class Engine:
             while not self._closed.is_set():
                 self._hear()
                 self._expire()
-                ids = self._scheduler.step()
+                tickets = self._scheduler.step()
                 self._running = self._scheduler.running
-                if ids:
-                    self._step([self._jobs[id] for id in ids])
+                if tickets:
+                    self._step([self._jobs[ticket] for ticket in tickets])
         finally:  # also when something here is wrong: nobody waits for a thread that is gone
             self.drain()
+            with suppress(queue.Empty):  # those that were taken, and not yet let in
+                while True:
+                    self._inbox.get_nowait()()
             for job in list(self._jobs.values()):
                 self._end(job, Draining())
 
@@ -198,8 +209,8 @@ class Engine:
     def _expire(self) -> None:
         """End what nobody wants any more."""
         now = time.monotonic()
-        for id in self._scheduler.expired(now):
-            job = self._jobs[id]
+        for ticket in self._scheduler.expired(now):
+            job = self._jobs[ticket]
             self._counts["expired"] += 1
             done = job.row.step if job.row else 0
             self._end(job, DeadlinePassed(now - job.began, done, job.order.request.steps))
@@ -245,9 +256,9 @@ class Engine:
     def _admit(self, job: _Job) -> None:
         """Take a job in; its subject is read first, if it is not in memory."""
         order = job.order
-        self._jobs[order.id] = job
+        self._jobs[job.ticket] = job
         deadline = None if order.deadline_s is None else job.began + order.deadline_s
-        self._scheduler.add(Entry(order.id, cost(order.request), deadline))
+        self._scheduler.add(Entry(job.ticket, order.request.rows, deadline))
         if order.subject == PRISTINE:
             self._dressed(job, NOBODY)
         else:
@@ -259,32 +270,32 @@ class Engine:
     def _dressed(self, job: _Job, found: Subject | Exception) -> None:
         """Let a job into the schedule, now that its subject is there."""
         if isinstance(found, Exception):
-            if self._jobs.get(job.order.id) is job:
+            if job.ticket in self._jobs:
                 self._fail(job, found)
             return
         job.subject = found
-        if self._jobs.get(job.order.id) is not job:  # it was given up meanwhile
+        if job.ticket not in self._jobs:  # it was given up meanwhile
             self._undress(job)
             return
-        order = job.order
+        asked = job.order.request
         try:
-            request = replace(order.request, prompt=found.words(order.request.prompt))
+            request = replace(asked, prompt=found.words(asked.prompt))
             job.row = self._studio.row(request, found.outfit)
         except Exception as error:
             self._fail(job, error)
             return
         kind = (id(found.outfit.weights) if found.outfit.weights else None, job.row.x.shape)
-        self._scheduler.ready(order.id, kind)
+        self._scheduler.ready(job.ticket, kind)
 
-    def _give_up(self, id: str) -> None:
-        job = self._jobs.get(id)
+    def _give_up(self, ticket: str) -> None:
+        job = self._jobs.get(ticket)
         if job:
             self._counts["cancelled"] += 1
             self._leave(job)
 
     def _fail(self, job: _Job, error: Exception) -> None:
         self._counts["failed"] += 1
-        self._end(job, error_of(error))
+        self._end(job, failure_about(UNDRAWN, error))
 
     def _end(self, job: _Job, error: Exception) -> None:
         self._leave(job)
@@ -292,8 +303,8 @@ class Engine:
 
     def _leave(self, job: _Job) -> None:
         """Let a job out of everything it is in."""
-        del self._jobs[job.order.id]
-        self._scheduler.remove(job.order.id)
+        del self._jobs[job.ticket]
+        self._scheduler.remove(job.ticket)
         self._running = self._scheduler.running
         self._undress(job)
         with self._lock:
@@ -308,7 +319,7 @@ class Engine:
         jobs = list(self._jobs.values())
         return sum(
             (len(job.row.table) - job.row.step if job.row else job.order.request.steps)
-            * cost(job.order.request)
+            * job.order.request.rows
             for job in jobs
         )
 
@@ -322,17 +333,7 @@ class Engine:
             png = self._finish(pixels, facts)
         except Exception as error:
             self._counts["failed"] += 1
-            job.say(error_of(error))
+            job.say(failure_about(UNDRAWN, error))
             return
         self._counts["images"] += 1
         job.say(Drawn(png, {**facts, "seconds": time.monotonic() - job.began}))
-
-
-def error_of(error: Exception) -> RayboothError:
-    """The error for people that something raised while an image was on its way."""
-    if isinstance(error, RayboothError):
-        return error
-    if isinstance(error, StorageError):
-        return error.failure()
-    seen = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    return SystemFailure("the image could not be drawn", f"{type(error).__name__}: {seen}", "ask again")

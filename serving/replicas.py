@@ -1,12 +1,12 @@
 """This file is where it is set how many replicas draw, with what, and when there are more or fewer."""
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from training.recipe import Section
 
 
-class Replicas(BaseModel):
+class Replicas(Section):
     """The processes that draw. There are as many as the images that wait ask for."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
     min: int = Field(default=1, ge=0)
     """The fewest; with 0 the first image after a pause waits for a replica to start."""
@@ -29,6 +29,11 @@ class Replicas(BaseModel):
     """How long there must be too little to do before one is taken away."""
     drain_s: float = Field(default=120.0, gt=0)
     """How long a replica that goes away has for the images that it draws; what is left is drawn elsewhere."""
+
+    @property
+    def device(self) -> str:
+        """What they draw on."""
+        return "cuda" if self.gpus else "cpu"
 
     @model_validator(mode="after")
     def _ordered(self) -> "Replicas":

@@ -12,11 +12,12 @@ from collections.abc import Callable, Mapping, Sequence
 from queue import Empty, SimpleQueue
 from typing import Any, Protocol, Self, cast
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from cluster.errors import RayboothError, SystemFailure, UserError
 from serving.verdict import Verdict
 from training.png import Finish, Pixels
+from training.recipe import Section
 
 TIMEOUT_S = 5.0  # a word list takes microseconds, a classifier on a CPU one second
 MAX_STUCK = (
@@ -38,21 +39,17 @@ class SafetyCheck(Protocol):
         ...
 
 
-class CheckSettings(BaseModel):
+class CheckSettings(Section):
     """One check."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     factory: str = Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
     """`module:factory`: a function of this installation that takes `options` by name and returns a check."""
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = Field(default_factory=dict)
     """Its arguments."""
 
 
-class SafetySettings(BaseModel):
+class SafetySettings(Section):
     """Which checks there are. Only the operator's configuration says so, never a request."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     checks: tuple[CheckSettings, ...] = ()
     """All must allow; the first that refuses is the one that is named."""

@@ -3,16 +3,12 @@
 import ipaddress
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from training.recipe import Section
 
 
-class _Section(BaseModel):
-    """Unknown keys are refused, values are checked as given."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
-
-
-class Limits(_Section):
+class Limits(Section):
     """What one request may ask for. More is 422, naming the field; a body that is too large is 413."""
 
     images: int = Field(default=10, ge=1, le=10)
@@ -35,7 +31,7 @@ class Limits(_Section):
     """Optimizer steps of one training."""
 
 
-class Rates(_Section):
+class Rates(Section):
     """What one key may ask at a time, per ingress process. More is 429 with Retry-After."""
 
     per_minute: float = Field(default=120.0, gt=0)
@@ -46,7 +42,7 @@ class Rates(_Section):
     """Requests that are not answered yet."""
 
 
-class Predictions(_Section):
+class Predictions(Section):
     """How images that nobody waits for are drawn and kept."""
 
     at_once: int = Field(default=4, ge=1, le=1000)
@@ -63,7 +59,7 @@ class Predictions(_Section):
     """Seconds between two looks for work whose process is gone, and for what has expired."""
 
 
-class Trainings(_Section):
+class Trainings(Section):
     """How many trainings there may be."""
 
     per_tenant: int = Field(default=10, ge=1)
@@ -74,7 +70,7 @@ class Trainings(_Section):
     """Seconds between two looks at one that is followed."""
 
 
-class Retention(_Section):
+class Retention(Section):
     """How long what was drawn is kept."""
 
     outputs_s: float = Field(default=24 * 3600.0, gt=0)
@@ -83,7 +79,7 @@ class Retention(_Section):
     """Seconds that ended trainings and keys of idempotency are remembered."""
 
 
-class Outward(_Section):
+class Outward(Section):
     """What the ingress may reach: webhooks and photos by URL."""
 
     allow_loopback: bool = False
@@ -96,7 +92,7 @@ class Outward(_Section):
     """Pauses before a webhook is sent again; after the last it is given up."""
 
 
-class ServingSettings(_Section):
+class ServingSettings(Section):
     """Everything about an ingress that can be set."""
 
     base: str = "pocket"

@@ -17,8 +17,8 @@ from training.latents import ImageSet, Shard
 from training.pipeline import BaseInfo
 from training.prompt import render_prompt
 from training.recipe import Data, Prior
+from training.request import FORWARD_ROWS
 from training.stream import Pool, draw_pngs
-from training.studio import FORWARD_ROWS
 
 SHARD = 32  # images a Parquet shard holds: what is lost at most when drawing is interrupted
 SEED_SCHEME = "sha256(seed:index)[:6]"

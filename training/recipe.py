@@ -17,13 +17,13 @@ ABOUT = "subject.yaml"  # beside a subject's photos: what a campaign is told of 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # the ends of the names of a UNet's attention layers
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
     """A section of the YAML: unknown keys are refused, values are checked as given."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
-class Base(_Section):
+class Base(Section):
     """The pretrained pipeline that every subject starts from."""
 
     model: str = "pocket"
@@ -32,7 +32,7 @@ class Base(_Section):
     """Commit of a hub id; `None` takes the newest one that is cached."""
 
 
-class Subject(_Section):
+class Subject(Section):
     """The thing in the photos."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")
@@ -65,7 +65,7 @@ class Subject(_Section):
     )
 
 
-class Prior(_Section):
+class Prior(Section):
     """Prior preservation: images the pristine base draws of the class keep the class what it was."""
 
     weight: float = Field(default=1.0, ge=0.0, le=100.0)
@@ -86,7 +86,7 @@ class Prior(_Section):
     """First seed; image i is drawn from a seed of its own made of this and i."""
 
 
-class Data(_Section):
+class Data(Section):
     """How photos become training images. Variants are enumerated, not random, so that latents are cached."""
 
     variants: int = Field(default=1, ge=1, le=16)
@@ -105,7 +105,7 @@ class Data(_Section):
         return self.variants * (2 if self.flip else 1)
 
 
-class TextEncoder(_Section):
+class TextEncoder(Section):
     """The text encoder's part in training."""
 
     train: bool = False
@@ -114,7 +114,7 @@ class TextEncoder(_Section):
     """Its own learning rate."""
 
 
-class Lora(_Section):
+class Lora(Section):
     """Low-rank adapters (method `lora`)."""
 
     rank: int = Field(default=8, ge=1, le=1024)
@@ -127,7 +127,7 @@ class Lora(_Section):
     """Text encoder modules that get an adapter when it is trained."""
 
 
-class Train(_Section):
+class Train(Section):
     """The optimisation."""
 
     method: Method = "lora"
@@ -164,7 +164,7 @@ class Train(_Section):
     """Adapters of method `lora`."""
 
 
-class Engine(_Section):
+class Engine(Section):
     """How a step is computed."""
 
     zero_stage: Literal["auto", 0, 1, 2, 3] = "auto"
@@ -178,7 +178,7 @@ class Engine(_Section):
     gradients and activations. Stages 1 to 3."""
 
 
-class Checkpoint(_Section):
+class Checkpoint(Section):
     """What a restart goes on from. Deleted once the artifact is published."""
 
     every: int = Field(default=200, ge=1)
@@ -189,7 +189,7 @@ class Checkpoint(_Section):
     """Also keep the one with the lowest validation loss."""
 
 
-class Cluster(_Section):
+class Cluster(Section):
     """What a run asks of the Ray cluster."""
 
     workers: int = Field(default=1, ge=1, le=1024)
@@ -202,7 +202,7 @@ class Cluster(_Section):
     """CPU cores per worker, also its number of threads."""
 
 
-class Track(_Section):
+class Track(Section):
     """Where figures go besides `events.jsonl`."""
 
     mlflow: str | None = None
@@ -215,7 +215,7 @@ class Track(_Section):
     """Weights & Biases; not to be had yet."""
 
 
-class Validate(_Section):
+class Validate(Section):
     """The loss on fixed noise and images drawn of the trained subject, both logged."""
 
     every: int = Field(default=200, ge=0)
@@ -232,7 +232,7 @@ class Validate(_Section):
     """Classifier-free guidance scale."""
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """Everything of a run but its subject."""
 
     base: Base = Base()

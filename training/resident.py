@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from cluster.errors import RayboothError, SystemFailure, failure_of
-from cluster.objects import StorageError
+from cluster.errors import RayboothError, failure_of
+from cluster.objects import failure_about
 from cluster.storage import Storage
 from training.artifact import open_artifact
 from training.draw import Drawer
@@ -124,16 +124,7 @@ class DrawWorker:
         except (
             Exception
         ) as error:  # a loader may raise anything, and one bad subject does not stop the others
-            self.failed[subject] = error_text(_about(f"{name} {version}", error))
+            failure = failure_about(f"{name} {version} cannot be loaded", error, "train it again")
+            self.failed[subject] = error_text(failure)
             raise failure_of(json.loads(self.failed[subject])) from error
         self.worn = subject
-
-
-def _about(subject: str, error: Exception) -> RayboothError:
-    """What kept an artifact from being loaded, for people."""
-    if isinstance(error, StorageError):
-        return error.failure()
-    if isinstance(error, RayboothError):
-        return error
-    seen = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    return SystemFailure(f"{subject} cannot be loaded", f"{type(error).__name__}: {seen}", "train it again")

@@ -16,9 +16,10 @@ from training.engine import TrainingEngine
 from training.lease import Lease
 from training.pipeline import BaseInfo, encode_text, load_vae, predict
 from training.png import encode_png, grid
+from training.request import FORWARD_ROWS
 from training.samplers import advance, sampler_table
 from training.schedule import NoiseSchedule
-from training.studio import FORWARD_ROWS, pixels
+from training.studio import pixels
 
 
 class Samples:

@@ -32,15 +32,13 @@ from training.pipeline import (
     predict,
     token_ids,
 )
-from training.request import DrawRequest
+from training.request import FORWARD_ROWS, DrawRequest
 from training.row_linear import RowAdapters
 from training.samplers import SamplerTable, advance, sampler_table
 from training.schedule import NoiseSchedule
 
 # Parameters of a UNet below which threads wait for each other longer than they work (pocket: 10 s on two, 3 s on one)
 SMALL = 50_000_000
-# W, part of what the bits depend on. A guided image takes two rows.
-FORWARD_ROWS = {"cpu": 8, "cuda": 16}
 PROMPTS_KEPT = 256  # encoded prompts of each subject
 
 
@@ -63,17 +61,12 @@ class Row:
     @property
     def cost(self) -> int:
         """Rows of a forward pass that it takes."""
-        return cost(self.request)
+        return self.request.rows
 
     @property
     def done(self) -> bool:
         """Whether it has all of its steps."""
         return self.step == len(self.table)
-
-
-def cost(request: DrawRequest) -> int:
-    """Rows of a forward pass that an image takes: two with guidance, one without."""
-    return 1 if request.guidance == 1.0 else 2
 
 
 class Studio:

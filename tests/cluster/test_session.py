@@ -9,6 +9,7 @@ import ray
 from ray._private import worker
 
 from cluster.errors import SystemFailure, UserError
+from cluster.machine import sees_gpu
 from cluster.mailbox import connect, create, fetch, put
 from cluster.session import (
     _EVERYWHERE,
@@ -17,7 +18,6 @@ from cluster.session import (
     gpu_count,
     node_count,
     resolve_address,
-    sees_gpu,
     session,
 )
 from cluster.storage import Storage

@@ -20,7 +20,8 @@ from safetensors.numpy import load_file
 
 import training.gang
 from cluster.mailbox import Event
-from cluster.session import _EVERYWHERE, _WITHOUT_GPU
+from cluster.private import WITHOUT_GPU
+from cluster.session import _EVERYWHERE
 from cluster.storage import Storage
 from training.artifact import open_artifact
 from training.gang import GangShape
@@ -35,7 +36,7 @@ def nodes() -> Iterator[Cluster]:
     """A cluster of two nodes with a CPU each."""
     # nodes that die are missed after 2 s; Ray's default is 15 s
     config = {"health_check_period_ms": 500, "health_check_failure_threshold": 4}
-    environment = {**_EVERYWHERE, **_WITHOUT_GPU}
+    environment = {**_EVERYWHERE, **WITHOUT_GPU}
     with pytest.MonkeyPatch.context() as patch:
         for name, value in environment.items():
             patch.setenv(name, value)

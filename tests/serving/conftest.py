@@ -23,8 +23,6 @@ from serving.protocol import PRISTINE, Drawn, Event, ImageOrder, Joined, QueueFu
 from serving.settings import ServingSettings
 from serving.tenancy import stored_name
 from training.artifact import (
-    FORMAT,
-    KIND,
     Identity,
     artifact_meta,
     artifact_path,
@@ -162,37 +160,12 @@ def base(tiny_base: Path) -> BaseInfo:
     return open_base(str(tiny_base))
 
 
-def _publish(storage: Storage, base: BaseInfo, scratch: Path, name: str, version: str = "v1") -> None:
-    """Register a version of a subject whose adapters say something."""
-    unet, text_encoder = load_unet(base), load_text_encoder(base)
-    subject = {"name": name, "class": "dog", "images": ["photos"]}
-    run = Run.model_validate({"base": {"model": base.model}, "subject": subject})
-    attach(unet, text_encoder, run.train.lora, False, seed=0)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(len(version))
-        for p in unet.parameters():
-            if p.requires_grad:
-                nn.init.normal_(p, std=0.2)
-    write_weights(base, run, unet, text_encoder, scratch)
-    meta = {
-        "kind": KIND,
-        "format": FORMAT,
-        "method": "lora",
-        "base": {"model": base.model, "revision": base.revision},
-        "identity": Identity("zwx", "dog", "a {identifier} {class}", (97,)).as_json(),
-        "recipe": run.model_dump(mode="json", by_alias=True),
-    }
-    storage.publish(scratch, artifact_path(name, version), meta)
-    entry = {"artifact": artifact_path(name, version), "fingerprint": "f", "class": "dog"}
-    Registry(storage).add(name, version, entry)
-
-
 @pytest.fixture(scope="session")
 def shelf(base: BaseInfo, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder to copy: a storage root with `rex` of the operator and `tom` of the tenant `acme`."""
     root, scratch = tmp_path_factory.mktemp("shelf"), tmp_path_factory.mktemp("scratch")
     for tenant, name in (("default", "rex"), ("acme", "tom")):
-        _publish(Storage(str(root)), base, scratch / name, stored_name(tenant, name))
+        register_kind(Storage(str(root)), base.path, scratch / name, stored_name(tenant, name), "lora", "v1")
     return root
 
 
@@ -320,7 +293,9 @@ def clients(serve: Serve) -> Clients:
 @pytest.fixture
 def publish(subjects: Storage, base: BaseInfo, tmp_path: Path) -> Callable[[str, str], None]:
     """Registers another version."""
-    return lambda name, version: _publish(subjects, base, tmp_path / f"{name}-{version}", name, version)
+    return lambda name, version: register_kind(
+        subjects, base.path, tmp_path / f"{name}-{version}", name, "lora", version
+    )
 
 
 # -- subjects of every kind, for the engine --------------------------------------------------------------------
@@ -360,7 +335,9 @@ def register_kind(
     write_weights(base, run, unet, text_encoder, scratch)
     identity = Identity("zwx", "dog", "a {identifier} {class}", (97,))
     storage.publish(scratch, artifact_path(name, version), artifact_meta(base, run, identity, "f", None, {}))
-    Registry(storage).add(name, version, {"artifact": artifact_path(name, version), "fingerprint": version})
+    Registry(storage).add(
+        name, version, {"artifact": artifact_path(name, version), "fingerprint": version, "class": "dog"}
+    )
 
 
 @pytest.fixture

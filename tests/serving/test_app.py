@@ -6,6 +6,8 @@ import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 import urllib.error
@@ -175,3 +177,14 @@ def _wait_for(condition: Any) -> None:
 
 def test_the_ray_that_serves_asks_for_its_token(up: Service) -> None:
     assert len(os.environ["RAY_AUTH_TOKEN"]) == 64 and ray.is_initialized()
+    join = f"import ray; ray.init({ray.get_runtime_context().gcs_address!r}, log_to_driver=False)"
+    codes = [
+        subprocess.run(
+            [sys.executable, "-c", join],
+            env={**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token},
+            timeout=WAIT_S,
+            capture_output=True,
+        ).returncode
+        for token in (os.environ["RAY_AUTH_TOKEN"], "0" * 64)
+    ]
+    assert codes[0] == 0 and codes[1] != 0

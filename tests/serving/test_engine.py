@@ -56,7 +56,8 @@ class Asked:
         self.said: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.steps: list[int] = []
         version = "" if subject == "base" else "v1"
-        engine.submit(ImageOrder(id, subject, version, request, progress=True, **order), self.said.put)
+        order_ = ImageOrder(id, subject, version, request, progress=True, **order)
+        self.ticket = engine.submit(order_, self.said.put)
 
     def until(self, kind: type[Any]) -> Any:
         """The first event of a kind; raises what goes wrong."""
@@ -116,7 +117,7 @@ def test_a_row_joins_a_batch_that_is_under_way(engine_of: Make, zoo: Storage) ->
     long.until(Joined)
     Asked(engine, "short", "wide", DrawRequest(PROMPT, 2, steps=2)).until(Drawn)
     assert engine.stats()["running"] == 1
-    engine.cancel("long")
+    engine.cancel(long.ticket)
 
 
 def test_a_full_queue_says_so_and_when_to_come_again(engine_of: Make) -> None:
@@ -127,7 +128,7 @@ def test_a_full_queue_says_so_and_when_to_come_again(engine_of: Make) -> None:
     with pytest.raises(QueueFull) as refused:
         Asked(engine, "more", "base", DrawRequest("a dog", 9))
     assert refused.value.retry_after_s >= 1
-    engine.cancel("0")
+    engine.cancel(asked[0].ticket)
     asked[-1].until(Joined)
     Asked(engine, "again", "base", DrawRequest("a dog", 9))
 
@@ -136,7 +137,7 @@ def test_a_cancelled_row_takes_part_in_no_further_step(engine_of: Make) -> None:
     engine = engine_of(None)
     asked = Asked(engine, "a", "base", DrawRequest("a dog", 1, steps=LONG))
     asked.until(Stepped)
-    engine.cancel("a")
+    engine.cancel(asked.ticket)
     Asked(engine, "b", "base", DrawRequest("a dog", 2, steps=3)).until(Drawn)
     stats = engine.stats()
     assert (stats["running"], stats["cancelled"]) == (0, 1) and stats["steps"] < LONG
@@ -273,3 +274,23 @@ def test_subjects_beyond_the_memory_take_turns(engine_of: Make, zoo: Storage) ->
     for one in asked:
         one.until(Drawn)
     assert engine.stats()["subjects"] <= 1 and engine.stats()["cache_evictions"] >= len(names) - 1
+
+
+def test_an_order_that_is_asked_twice_is_drawn_twice(engine_of: Make) -> None:
+    engine = engine_of(None)
+    asked = [Asked(engine, "same", "base", DrawRequest("a dog", 1, steps=4)) for _ in range(2)]
+    engine.cancel(asked[0].ticket)
+    assert asked[1].until(Drawn) and engine.healthy
+
+
+def test_who_was_taken_when_the_engine_ends_is_told(engine_of: Make) -> None:
+    engine = engine_of(None)
+    held = threading.Event()
+    engine._inbox.put(
+        lambda: held.wait(WAIT_S) and None
+    )  # the thread is busy, what comes now stays in the inbox
+    asked = Asked(engine, "a", "base", DrawRequest("a dog", 1))
+    engine._closed.set()
+    held.set()
+    with pytest.raises(Draining):
+        asked.until(Drawn)

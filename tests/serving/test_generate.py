@@ -1,49 +1,25 @@
 """`generate` draws the champion, each image by its own seed, and says in the PNG how."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
-from torch import nn
 
 from cluster.errors import UserError
-from cluster.registry import Registry
 from cluster.storage import Storage
 from serving.generate import GenerateResult, generate
 from serving.provenance import NO_ROOM
-from training.artifact import FORMAT, KIND, Identity, artifact_hash, artifact_path, write_weights
-from training.lora import attach
-from training.pipeline import load_text_encoder, load_unet, open_base
+from training.artifact import artifact_hash
+from training.pipeline import open_base
 from training.png import decode_png, png_parameters
-from training.recipe import Run
 
 PROMPT = "a photo of {subject} on the beach"
 
 
 @pytest.fixture
-def rex(storage: Storage, tiny_base: Path, tmp_path: Path) -> Storage:
+def rex(storage: Storage, published: Callable[..., None]) -> Storage:
     """A storage root with one registered version of `rex`."""
-    base = open_base(str(tiny_base))
-    unet, text_encoder = load_unet(base), load_text_encoder(base)
-    subject = {"name": "rex", "class": "dog", "images": ["photos"]}
-    run = Run.model_validate({"base": {"model": str(tiny_base)}, "subject": subject})
-    attach(unet, text_encoder, run.train.lora, False, seed=0)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        for p in unet.parameters():
-            if p.requires_grad:
-                nn.init.normal_(p, std=0.2)
-    write_weights(base, run, unet, text_encoder, tmp_path / "weights")
-    meta = {
-        "kind": KIND,
-        "format": FORMAT,
-        "method": "lora",
-        "base": {"model": base.model, "revision": base.revision},
-        "identity": Identity("zwx", "dog", "a {identifier} {class}", (97,)).as_json(),
-        "recipe": run.model_dump(mode="json", by_alias=True),
-    }
-    storage.publish(tmp_path / "weights", artifact_path("rex", "v1"), meta)
-    Registry(storage).add("rex", "v1", {"artifact": artifact_path("rex", "v1"), "fingerprint": "f"})
+    published("rex")
     return storage
 
 

@@ -1,0 +1,153 @@
+"""This file is where a Ray of our own is started on this machine, with as few processes as it can.
+
+Some of it is done to internals of the one version of Ray that we pin, which has no settings for it.
+"""
+
+import os
+import secrets
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray._private import services
+
+from cluster.errors import SystemFailure
+from cluster.machine import sees_gpu
+
+OBJECT_STORE_BYTES = 512 * 1024**2  # of a private Ray: latents and photos are small, /dev/shm often is too
+START_S = 120  # for Ray's own processes; Ray itself gives up after 30 s, which a busy machine may need
+LONGEST_TEMPORARY = 40  # characters: a socket's path ends at 107, and Ray appends about 60 of its own
+
+# Of a private Ray, which nobody drains and nobody watches: each of these is a process or work for one.
+PRIVATE = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0", "RAY_TRAIN_METRICS_ENABLED": "0"}
+# Where there is no GPU: DeepSpeed would compile kernels nobody calls (91 s), and imports inductor (2-3 s).
+WITHOUT_GPU = {"DS_ACCELERATOR": "cpu", "TORCHDYNAMO_DISABLE": "1"}
+
+
+@contextmanager
+def private_ray(cpus: int, common: Mapping[str, Any]) -> Iterator[None]:
+    """A Ray of our own on this machine, for the time of a `with`.
+
+    Args:
+        cpus: Logical CPUs.
+        common: What `ray.init` takes for every Ray.
+
+    Raises:
+        SystemFailure: It does not start.
+    """
+    # Other users of this machine must not run code in it; the secret ends with this process. Ray turns token mode
+    # on for a local cluster by itself; set here, it would come too late, because Ray reads the mode when it is
+    # imported.
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    # Its processes inherit ours. As a runtime environment of the job, Ray would start every worker for it anew.
+    with _environ(PRIVATE if sees_gpu() else PRIVATE | WITHOUT_GPU), _temporary_folder() as folder:
+        try:
+            with _nothing_on_stderr(), _few_processes(), _patience():
+                ray.init(
+                    address="local",
+                    num_cpus=cpus,
+                    include_dashboard=False,
+                    object_store_memory=OBJECT_STORE_BYTES,
+                    _temp_dir=str(folder),
+                    **common,
+                )
+        except Exception as error:  # Ray raises that very class when its processes do not come up
+            raise SystemFailure(
+                "Ray does not start on this machine", str(error), "run `raybooth doctor`"
+            ) from error
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+@contextmanager
+def _environ(values: Mapping[str, str]) -> Iterator[None]:
+    """Environment variables, where they are not set, for the time of a `with`: no cluster joined later sees them."""
+    added = {name: value for name, value in values.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)
+
+
+@contextmanager
+def _few_processes() -> Iterator[None]:
+    """Have Ray start without those of its processes that a private one has no use for.
+
+    They are what follows logs for drivers that show them, what asks a cloud for nodes, and the modules of a dashboard
+    that is not shown: 5 CPU seconds. Ray has no setting for it; the version that we pin has these two places.
+    """
+    parameters, dependencies = (
+        ray._private.parameter.RayParams,
+        ray._private.utils.get_dashboard_dependency_error,
+    )
+    ray._private.parameter.RayParams = partial(parameters, include_log_monitor=False, no_monitor=True)
+    ray._private.utils.get_dashboard_dependency_error = lambda: ImportError("not wanted")
+    try:
+        yield
+    finally:
+        ray._private.parameter.RayParams = parameters
+        ray._private.utils.get_dashboard_dependency_error = dependencies
+
+
+@contextmanager
+def _nothing_on_stderr() -> Iterator[None]:
+    """Ray's core announces its log level on the terminal; what goes wrong in here is raised, not written."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with Path(os.devnull).open("wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+@contextmanager
+def _patience() -> Iterator[None]:
+    """Wait for a node that starts, where Ray would ask in a loop for 30 s."""
+    get_node = services.get_node
+
+    def patiently(*wanted: Any) -> Any:
+        until = time.monotonic() + START_S
+        while True:
+            try:
+                return get_node(*wanted)
+            except RuntimeError:
+                if time.monotonic() > until:
+                    raise
+            time.sleep(0.05)
+
+    services.get_node = patiently
+    try:
+        yield
+    finally:
+        services.get_node = get_node
+
+
+@contextmanager
+def _temporary_folder() -> Iterator[Path]:
+    """A folder for Ray's sockets and logs, with a short path; kept, for its logs, after a `SystemFailure`."""
+    parent = tempfile.gettempdir()
+    folder = Path(tempfile.mkdtemp(prefix="rb-", dir=parent if len(parent) <= LONGEST_TEMPORARY else "/tmp"))
+    kept = False
+    try:
+        yield folder
+    except SystemFailure as error:
+        kept = True
+        error.do = "; ".join(part for part in (error.do, f"Ray's logs are in {folder}") if part)
+        raise
+    finally:
+        if not kept:
+            shutil.rmtree(folder, ignore_errors=True)
