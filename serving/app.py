@@ -43,6 +43,7 @@ from training.request import FORWARD_ROWS
 NAME = "raybooth"
 TRIES = 8  # of an image whose replica is lost, within its deadline
 PAUSE_S = 0.25  # until the next one, doubled each time
+ANSWER_S = 3.0  # for replicas to say how they are
 TELL_S = 0.25  # between two words about the steps of an image
 SWITCH_S = 0.0005  # the thread that draws lets others speak: Python's 5 ms make 50 of a call to a replica
 LOOK_S = 2.0  # how often replicas tell whom they know
@@ -133,10 +134,16 @@ class Replica:
 
 
 class HandleArtist:
-    """The replicas behind a handle of Serve."""
+    """The replicas behind a handle of Serve.
 
-    def __init__(self, handle: Any, tries: int = TRIES) -> None:
-        self._handle, self._tries = handle, tries
+    Args:
+        handle: Of their deployment.
+        may_sleep: Whether there may be none of them until they are asked: nothing is wrong then.
+        tries: Of an image whose replica is lost.
+    """
+
+    def __init__(self, handle: Any, may_sleep: bool = False, tries: int = TRIES) -> None:
+        self._handle, self._may_sleep, self._tries = handle, may_sleep, tries
         self._stream = handle.options(stream=True)
 
     async def draw(self, order: ImageOrder) -> AsyncIterator[Event]:
@@ -163,7 +170,12 @@ class HandleArtist:
     async def stats(self) -> Mapping[str, float]:
         """As `Artist.stats`: of all replicas together, and how many there are."""
         try:
-            told = await self._handle.broadcast("stats").results_async()
+            async with asyncio.timeout(ANSWER_S):  # with no replica, Serve waits for one
+                told = await self._handle.broadcast("stats").results_async()
+        except TimeoutError as error:
+            if self._may_sleep:
+                return {"replicas": 0}
+            raise SystemFailure("the replicas do not answer", f"within {ANSWER_S} s", "ask again") from error
         except (*_LOST, RayTaskError) as error:
             raise SystemFailure("the replicas do not answer", type(error).__name__, "ask again") from error
         total: dict[str, float] = {"replicas": len(told)}
@@ -205,8 +217,10 @@ MakeApp = Callable[[ServingSettings, Storage, HandleArtist], Any]
 class Ingress:
     """The HTTP application, over a handle to the replicas."""
 
-    def __init__(self, settings: ServingSettings, storage_uri: str, make: MakeApp, replicas: Any) -> None:
-        self._parts = (settings, Storage(storage_uri), HandleArtist(replicas))
+    def __init__(
+        self, settings: ServingSettings, storage_uri: str, make: MakeApp, replicas: Any, may_sleep: bool
+    ) -> None:
+        self._parts = (settings, Storage(storage_uri), HandleArtist(replicas, may_sleep))
         self._make = make
 
     def __serve_build_asgi_app__(self) -> Any:
@@ -271,7 +285,7 @@ def service(
         graceful_shutdown_timeout_s=replicas.drain_s,
     )
     engines = drawing.bind(settings.base, revision, storage.uri, replicas, safety, signer)
-    return talking.bind(settings, storage.uri, make, engines)
+    return talking.bind(settings, storage.uri, make, engines, replicas.min == 0)
 
 
 def start(application: Any, host: str, port: int) -> None:
