@@ -11,7 +11,8 @@ from typing import Any
 
 import ray
 from ray._private import worker
-from ray.exceptions import RayError
+from ray._raylet import GcsClient  # type: ignore[attr-defined]
+from ray.exceptions import AuthenticationError, RayError
 
 from cluster.errors import SystemFailure, UserError
 from cluster.private import private_ray
@@ -132,6 +133,12 @@ def _joined(address: str, common: Mapping[str, Any]) -> Iterator[None]:
     try:
         _check_reachable(address)
         ray.init(address=address, runtime_env={"env_vars": _environment()}, **common)
+    except AuthenticationError as error:
+        raise UserError(
+            f"the Ray cluster at {address} does not know our token",
+            "RAY_AUTH_TOKEN is set" if os.environ.get("RAY_AUTH_TOKEN") else "RAY_AUTH_TOKEN is not set",
+            "set RAY_AUTH_MODE=token and the cluster's own RAY_AUTH_TOKEN",
+        ) from error
     except (OSError, RuntimeError, ValueError) as error:
         raise UserError(
             f"the Ray cluster at {address} cannot be joined",
@@ -151,11 +158,13 @@ def is_private() -> bool:
 
 
 def _check_reachable(address: str) -> None:
-    """Ask for a connection first: Ray itself would try for minutes."""
+    """Ask for a connection first, and show the token: Ray itself would try for minutes."""
     host, _, port = address.rpartition("://")[2].rpartition(":")
     if host and port.isdigit():
         with socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S):
             pass
+        if "://" not in address:
+            GcsClient(address)
 
 
 def cpu_count() -> int:

@@ -1,6 +1,8 @@
 """A private Ray, and what is refused."""
 
 import os
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -60,6 +62,22 @@ def test_a_private_ray_has_the_cpus_that_were_asked_for_and_carries_letters(
 def test_a_cluster_that_is_not_there_is_a_clear_mistake(storage: Storage) -> None:
     with pytest.raises(UserError, match="cannot be joined"), session("127.0.0.1:1", 1, storage):
         pass
+
+
+def test_a_cluster_that_does_not_know_our_token_is_a_clear_mistake_at_once(storage: Storage) -> None:
+    join = (
+        "import sys; from cluster.session import session; from cluster.storage import Storage\n"
+        "with session(sys.argv[1], 1, Storage(sys.argv[2])): pass"
+    )
+    with session(None, 1, storage):
+        said = subprocess.run(
+            [sys.executable, "-c", join, ray.get_runtime_context().gcs_address, storage.uri],
+            env={**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64},
+            timeout=60,
+            capture_output=True,
+            text=True,
+        ).stderr
+    assert "does not know our token" in said
 
 
 def test_the_cluster_to_join_is_the_argument_then_the_environment_and_local_is_none(
