@@ -9,7 +9,7 @@ demo: $(READY)  ## train the shipped subject and write a contact sheet, in a few
 	$(BIN)/raybooth demo
 
 test: $(READY) lint  ## every check, under 15 minutes on two cores
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -26,6 +26,16 @@ from cluster.storage import Storage
 settings.register_profile("raybooth", deadline=None, derandomize=True, database=None)
 settings.load_profile("raybooth")
 
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with what takes longest first: of two processes, one would end with them while the other is done."""
+    marks: dict[Path, set[str]] = {}
+    for item in items:
+        marks.setdefault(item.path, set()).update(mark.name for mark in item.iter_markers())
+    items.sort(key=lambda item: [mark not in marks[item.path] for mark in ("faults", "slow")])
+
+
 # Each is one token of the tiny base; any other word is spelt in letters or fragments.
 WORDS = (
     *("a", "an", "the", "of", "on", "in", "with", "photo", "drawing", "dog", "cat", "owl", "apple", "clock"),
