@@ -1,6 +1,7 @@
 """This file is where the latency of the service is measured beside static batches, and what HTTP and Ray cost it.
 
-    python -m benchmarks.latency [--share 0.7] [--seconds 60] [--steps 4-12] [--rounds 3] [--json]
+    python -m benchmarks.latency [--share 0.7] [--seconds 60] [--steps 4-12] [--rounds 3] [--exact]
+        [--json]
 
 Both draw the pristine pocket base by the same code on one thread, four guided images at a time, behind Ray Serve; a
 process of its own asks for images at moments of a Poisson process, the same for both, in turn. Theirs collects requests
@@ -18,6 +19,7 @@ import socket
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from statistics import median
@@ -26,6 +28,7 @@ from typing import Any
 import psutil
 from ray import serve
 
+from benchmarks.descendants import role
 from benchmarks.load import Ask, arrivals, drive_apart, percentile, steps_range
 from cluster.session import session
 from cluster.storage import Storage
@@ -53,7 +56,8 @@ class Static:
         from training.pipeline import open_base
 
         torch.set_num_threads(1)
-        self._drawer = Drawer(open_base(base), device="cpu", width=2 * AT_A_TIME)
+        # of the batch's own size: a batch that is not full does not pay for one that is
+        self._drawers = [Drawer(open_base(base), device="cpu", width=2 * (i + 1)) for i in range(AT_A_TIME)]
 
     @serve.batch(max_batch_size=AT_A_TIME, batch_wait_timeout_s=WAIT_S)
     async def draw(self, bodies: list[dict[str, Any]]) -> list[bytes]:
@@ -62,7 +66,7 @@ class Static:
         from training.request import DrawRequest
 
         asked = [DrawRequest(body["prompt"], body["seed"], steps=body["steps"]) for body in bodies]
-        images = await asyncio.to_thread(self._drawer.draw, asked)
+        images = await asyncio.to_thread(self._drawers[len(asked) - 1].draw, asked)
         return [encode_png(image, None) for image in images]
 
     async def __call__(self, request: Any) -> dict[str, Any]:
@@ -71,38 +75,37 @@ class Static:
 
 
 class Watch:
-    """CPU seconds of the processes of a Ray that runs here."""
+    """CPU seconds of the processes of a Ray that runs here, by role, but for the thread that draws."""
 
     def __init__(self, drawing: int) -> None:
         self._drawing = psutil.Process(drawing)
         self._at = self._look()
 
-    def _look(self) -> tuple[float, float, float]:
-        """CPU seconds of every process, those of the thread that draws, and the time."""
-        everything = 0.0
+    def _look(self) -> tuple[Counter[str], float]:
+        spent: Counter[str] = Counter()
         for process in psutil.Process().children(recursive=True):
             try:
-                spent = process.cpu_times()
+                line, times = " ".join(process.cmdline()), process.cpu_times()
             except psutil.NoSuchProcess:
                 continue
-            if "spawn" not in " ".join(process.cmdline()):  # the process that asks
-                everything += spent.user + spent.system
-        threads = self._drawing.threads()
-        return everything, max(t.user_time + t.system_time for t in threads), time.monotonic()
+            if "spawn" not in line:  # the process that asks
+                spent[role([line])] += times.user + times.system
+                if process == self._drawing:
+                    spent[role([line])] -= max(t.user_time + t.system_time for t in process.threads())
+        return spent, time.monotonic()
 
-    def since(self) -> tuple[float, float]:
-        """CPU seconds of all but the thread that draws, and seconds, since the last look."""
-        before, self._at = self._at, self._look()
-        everything, drawing, now = (a - b for a, b in zip(self._at, before, strict=True))
-        return everything - drawing, now
+    def since(self) -> tuple[Counter[str], float]:
+        """CPU seconds by role, and seconds, since the last look."""
+        (before, began), self._at = self._at, self._look()
+        spent, now = self._at
+        return Counter({name: seconds - before[name] for name, seconds in spent.items()}), now - began
 
 
-def saturated(ask: Any, url: str) -> float:
+def saturated(ask: Any, url: str, steps: tuple[int, int]) -> float:
     """Images a second when it is asked for many at once."""
-    burst = [Ask(0.0, {"model": "base", "prompt": WORDS, "steps": 8, "seed": i}) for i in range(BURST)]
-    answers = ask(url, burst)
-    assert all(answer.status == 200 for answer in answers), answers
-    return BURST / max(answer.latency_s for answer in answers)
+    asks = arrivals(["base"], WORDS, steps, rate=1.0, seconds=BURST, seed=0)
+    answers = ask(url, [Ask(0.0, one.body) for one in asks])
+    return len(asks) / max(latencies(answers))
 
 
 def latencies(answers: Sequence[Any]) -> list[float]:
@@ -118,6 +121,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--steps", type=steps_range, default=(4, 12))
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--exact", action="store_true", help="passes of ours that are always full")
     parser.add_argument("--json", action="store_true")
     asked = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -137,7 +141,11 @@ def main() -> None:
         storage = Storage(f"{folder}/root")
         workers = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
         with workers, session(None, CPUS, storage):
-            start(service(settings, Replicas(width=2 * AT_A_TIME), storage, create_app), "127.0.0.1", port)
+            start(
+                service(settings, Replicas(width=2 * AT_A_TIME, exact=asked.exact), storage, create_app),
+                "127.0.0.1",
+                port,
+            )
             serve.run(Static.bind("pocket"), name="static", route_prefix="/static")
             urls = {
                 "engine": f"http://127.0.0.1:{port}/v1/images/generations",
@@ -157,22 +165,23 @@ def main() -> None:
         print(f"  {name:<8} {told['saturated'][name]:6.2f} images/s at most, p95 {told['p95_s'][name]:.2f} s")
     print(f"  p95 is {told['ratio']} times that of static batches (goal at most 0.6)")
     print(f"  HTTP and Ray: {told['overhead_ms']} CPU ms a request (goal under 10)")
+    for who, ms in told["overhead_by_role_ms"].items():
+        print(f"    {ms:5.1f} {who}")
 
 
 def measure(asked: argparse.Namespace, urls: dict[str, str], ask: Any) -> dict[str, Any]:
     """Everything of one start of the service."""
     for url in urls.values():
-        saturated(ask, url)
-    most = {name: median(saturated(ask, url) for _ in range(3)) for name, url in urls.items()}
+        saturated(ask, url, asked.steps)
+    most = {name: median(saturated(ask, url, asked.steps) for _ in range(3)) for name, url in urls.items()}
     rate = asked.share * min(most.values())
     [pid] = serve.get_deployment_handle("replica", "raybooth").broadcast("pid").results()
     watch = Watch(pid)
     time.sleep(IDLE_S)
-    spent, seconds = watch.since()
-    idle = spent / seconds
+    idle, idle_s = watch.since()
     load = os.getloadavg()[0]
     p95: dict[str, list[float]] = {name: [] for name in urls}
-    overhead = []
+    overhead: list[Counter[str]] = []  # CPU seconds a request, beyond what idling costs
     for number in range(asked.rounds):
         plan = arrivals(["base"], WORDS, asked.steps, rate, asked.seconds, seed=number)
         for name, url in urls.items():
@@ -180,8 +189,11 @@ def measure(asked: argparse.Namespace, urls: dict[str, str], ask: Any) -> dict[s
             p95[name].append(percentile(latencies(ask(url, plan)), 95))
             spent, seconds = watch.since()
             if name == "engine":
-                overhead.append((spent - idle * seconds) / len(plan))
+                overhead.append(
+                    Counter({who: (spent[who] - idle[who] * seconds / idle_s) / len(plan) for who in spent})
+                )
         print(f"round {number + 1} of {asked.rounds}", file=sys.stderr, flush=True)
+    whom = {who: 1000 * median(each[who] for each in overhead) for who in sorted(set().union(*overhead))}
     return {
         "steps": asked.steps,
         "share": asked.share,
@@ -190,7 +202,8 @@ def measure(asked: argparse.Namespace, urls: dict[str, str], ask: Any) -> dict[s
         "saturated": {name: round(value, 2) for name, value in most.items()},
         "p95_s": {name: round(median(values), 3) for name, values in p95.items()},
         "ratio": round(median(a / b for a, b in zip(p95["engine"], p95["static"], strict=True)), 2),
-        "overhead_ms": round(1000 * median(overhead), 1),
+        "overhead_ms": round(1000 * median(each.total() for each in overhead), 1),
+        "overhead_by_role_ms": {who: round(ms, 1) for who, ms in whom.items() if ms > 0.05},
     }
 
 

@@ -76,7 +76,7 @@ class Replica:
         from training.pipeline import open_base
 
         sys.setswitchinterval(SWITCH_S)
-        held = EngineSettings(settings.waiting, int(settings.cache_gib * 1024**3))
+        held = EngineSettings(settings.waiting, int(settings.cache_gib * 1024**3), settings.exact)
         storage, self._guard = Storage(storage_uri), SafetyGuard.of(safety)
         credentials = open_credentials(storage, *signer) if signer else None
         self._engine = Engine(

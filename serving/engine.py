@@ -49,6 +49,8 @@ class EngineSettings:
     """Images that may wait beside those that are drawn; `None` is any number."""
     cache_bytes: int = 2 * 1024**3
     """Memory for subjects."""
+    exact: bool = True
+    """As `Studio`'s."""
 
 
 @dataclass(eq=False)
@@ -87,7 +89,7 @@ class Engine:
     ) -> None:
         self.base, self.settings = base, settings
         self._finish = finish
-        self._studio = Studio(base, device, width)
+        self._studio = Studio(base, device, width, settings.exact)
         self._scheduler = Scheduler(self._studio.width)
         self._wardrobe = Wardrobe(storage, settings.cache_bytes, self._studio.read)
         self._cache = self._wardrobe.cache

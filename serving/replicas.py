@@ -19,6 +19,9 @@ class Replicas(Section):
     width: int | None = Field(default=None, ge=2, le=256)
     """Rows of a forward pass, of which a guided image takes two; by default 8 on a CPU and 16 on a GPU. Part of what
     the bits of an image depend on."""
+    exact: bool = True
+    """Whether every forward pass has that many rows. Else a pass with few images is narrower: one that is alone is
+    drawn in about half of the time, and its bits depend on how many were drawn beside it, to 1/255."""
     waiting: int = Field(default=64, ge=0)
     """Images that wait at one replica beside those it draws; more are 429."""
     cache_gib: float = Field(default=2.0, gt=0)

@@ -65,13 +65,13 @@ class RowLinear(nn.Module):
         self._worn[row] = chunks
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[W, T, d_out] of x [W, T, d_in]; also [W, d_out] of [W, d_in]."""
-        out = functional.linear(x, self.weight, self.bias)
-        chunks = max(self._worn)
+        """[n, T, d_out] of x [n, T, d_in] for the first n rows; also [n, d_out] of [n, d_in]."""
+        out, n = functional.linear(x, self.weight, self.bias), len(x)
+        chunks = max(self._worn[:n])
         if not chunks:
             return out
-        rows, sums = x.reshape(self._rows, -1, x.shape[-1]), out.view(self._rows, -1, out.shape[-1])
-        for a, b in zip(self._a[:chunks], self._b[:chunks], strict=True):
+        rows, sums = x.reshape(n, -1, x.shape[-1]), out.view(n, -1, out.shape[-1])
+        for a, b in zip(self._a[:chunks, :n], self._b[:chunks, :n], strict=True):
             sums.baddbmm_(torch.bmm(rows, a.to(x.dtype).mT), b.to(x.dtype))
         return out
 
@@ -91,7 +91,7 @@ class RowAdapters:
 
     Args:
         model: Whose linear layers are adapted, in place.
-        rows: W, of every forward pass from now on.
+        rows: W, of a forward pass from now on at most.
     """
 
     def __init__(self, model: nn.Module, rows: int) -> None:
@@ -103,9 +103,9 @@ class RowAdapters:
         """Have row i wear `adapters[i]`; what a row wears already is not copied again.
 
         Args:
-            adapters: W of them.
+            adapters: Of the first rows; the others keep theirs.
         """
-        for row, (adapter, worn) in enumerate(zip(adapters, self._worn, strict=True)):
+        for row, (adapter, worn) in enumerate(zip(adapters, self._worn, strict=False)):
             if adapter is worn:
                 continue
             for name in adapter.keys() | worn.keys():

@@ -1,8 +1,9 @@
-"""This file is where images are denoised: a fixed number of rows in a forward pass, each with everything its own.
+"""This file is where images are denoised: a number of rows in a forward pass, each with everything its own.
 
 Rows may differ in prompt, seed, timestep, sampler, number of steps, guidance and adapter; they may join and leave
 between two steps. A row's bits depend on its request, on what it wears and on W alone, neither on its neighbours nor
-on when it joined: the UNet always sees W rows, each prompt is encoded alone, and each image decoded alone.
+on when it joined: the UNet always sees W rows, each prompt is encoded alone, and each image decoded alone. Whoever
+would rather have an image soon than always the same to the bit gets narrower passes while there are few rows.
 
 W rows of a forward, C latent channels, H W latent size, L tokens, D text width.
 """
@@ -76,14 +77,19 @@ class Studio:
         base: What is drawn with.
         device: `cpu`, `cuda`, or `auto`.
         width: W; `None` takes the device's (`FORWARD_ROWS`).
+        exact: Whether every forward pass has W rows. Else it has no more than there are, and a row's bits depend on
+            how many were beside it, to 1/255 of an image.
     """
 
-    def __init__(self, base: BaseInfo, device: str = "auto", width: int | None = None) -> None:
+    def __init__(
+        self, base: BaseInfo, device: str = "auto", width: int | None = None, exact: bool = True
+    ) -> None:
         self.base = base
         self.device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
         self.width = width or FORWARD_ROWS[torch.device(self.device).type]
         if self.width < 2:
             raise ValueError("a guided image takes two rows")
+        self._exact = exact
         self.unet, self.text_encoder = load_unet(base), load_text_encoder(base)
         if self.device == "cpu" and sum(p.numel() for p in self.unet.parameters()) < SMALL:
             torch.set_num_threads(1)
@@ -142,7 +148,8 @@ class Studio:
         """
         self._wear(rows[0].outfit.weights)
         places = [i for i, row in enumerate(rows) for _ in range(row.cost)]
-        places += [places[-1]] * (self.width - len(places))  # padding
+        if self._exact:
+            places += [places[-1]] * (self.width - len(places))  # padding
         if rows != self._places:
             self._take_places(rows, places)
         now = [(float(r.table.timesteps[r.step]), float(r.table.alphas[r.step])) for r in rows]
@@ -189,7 +196,7 @@ class Studio:
                 row.texts = [self._encoded(prompt, row.outfit) for prompt in prompts]
         self._adapters.wear([rows[i].outfit.unet for i in places])
         texts = [text for row in rows for text in row.texts]
-        self._text = torch.cat(texts + [texts[-1]] * (self.width - len(texts)))
+        self._text = torch.cat(texts + [texts[-1]] * (len(places) - len(texts)))
         self._places = list(rows)
 
     def _encoded(self, prompt: str, outfit: Outfit) -> torch.Tensor:

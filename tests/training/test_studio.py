@@ -161,6 +161,26 @@ def test_across_widths_an_image_differs_by_less_than_one_step_of_a_pixel(
     assert max(int(np.abs(image - images[0]).max()) for image in images) <= 1
 
 
+def test_passes_that_need_not_be_exact_are_as_narrow_as_their_rows(
+    tiny_base: Path, artifacts: dict[str, Path]
+) -> None:
+    base = open_base(str(tiny_base))
+    exact, narrow, two = Studio(base, "cpu"), Studio(base, "cpu", exact=False), Studio(base, "cpu", 2)
+    request = DrawRequest(PROMPT, 7, steps=5, guidance=5.0)
+
+    def alone(studio: Studio) -> torch.Tensor:
+        return drawn(studio, studio.row(request, studio.read(artifacts["small"], None)))[0]
+
+    assert torch.equal(alone(narrow), alone(two)) and not torch.equal(alone(narrow), alone(exact))
+    together = [
+        drawn(studio, *(studio.row(r, wear[name]) for name, r in MIXED))
+        for studio in (exact, narrow)
+        for wear in [outfits(studio, artifacts)]
+    ]
+    for a, b in zip(*together, strict=True):  # rows leave, and the passes become narrower
+        assert np.abs(exact.pixels(a).astype(int) - exact.pixels(b).astype(int)).max() <= 1
+
+
 @pytest.mark.parametrize(("height", "width"), [(32, 16), (16, 32), (48, 48)])
 def test_other_sizes_are_drawn_as_stock_diffusers_draws_them(
     studio: Studio, tiny_base: Path, height: int, width: int
