@@ -138,17 +138,28 @@ class HandleArtist:
 
     Args:
         handle: Of their deployment.
-        may_sleep: Whether there may be none of them until they are asked: nothing is wrong then.
+        may_sleep: Whether there may be none of them: nothing is wrong then. They are asked how they are only while
+            they draw, because a question would wake them, or keep them awake.
         tries: Of an image whose replica is lost.
     """
 
     def __init__(self, handle: Any, may_sleep: bool = False, tries: int = TRIES) -> None:
         self._handle, self._may_sleep, self._tries = handle, may_sleep, tries
         self._stream = handle.options(stream=True)
+        self._open = 0  # images that are drawn for this ingress
+        self._last: dict[str, float] = {}
 
     async def draw(self, order: ImageOrder) -> AsyncIterator[Event]:
         """As `Artist.draw`; an image whose replica is lost begins anew at another one, and only its steps further
         than before are told."""
+        self._open += 1
+        try:
+            async for event in self._again(order):
+                yield event
+        finally:
+            self._open -= 1
+
+    async def _again(self, order: ImageOrder) -> AsyncIterator[Event]:
         began, done = time.monotonic(), 0
         for attempt in range(self._tries):
             left = None if order.deadline_s is None else order.deadline_s - (time.monotonic() - began)
@@ -168,15 +179,18 @@ class HandleArtist:
             await asyncio.sleep(min(PAUSE_S * 2**attempt, RETRY_S))
 
     async def stats(self) -> Mapping[str, float]:
-        """As `Artist.stats`: of all replicas together, and how many there are."""
+        """As `Artist.stats`: of all replicas together, and how many there are; of those that are not to be disturbed,
+        what they said last."""
+        if self._may_sleep:
+            running = await asyncio.to_thread(_running)
+            if not running:
+                return {**dict.fromkeys(self._last, 0.0), "replicas": 0}
+            if not self._open:
+                return {**self._last, "running": 0, "waiting": 0, "replicas": running}
         try:
-            async with asyncio.timeout(ANSWER_S):  # with no replica, Serve waits for one
+            async with asyncio.timeout(ANSWER_S):
                 told = await self._handle.broadcast("stats").results_async()
-        except TimeoutError as error:
-            if self._may_sleep:
-                return {"replicas": 0}
-            raise SystemFailure("the replicas do not answer", f"within {ANSWER_S} s", "ask again") from error
-        except (*_LOST, RayTaskError) as error:
+        except (TimeoutError, *_LOST, RayTaskError) as error:
             raise SystemFailure("the replicas do not answer", type(error).__name__, "ask again") from error
         total: dict[str, float] = {"replicas": len(told)}
         for stats in told:
@@ -184,6 +198,7 @@ class HandleArtist:
                 total[name] = total.get(name, 0) + value
         if told:
             total["step_seconds"] /= len(told)
+        self._last = total
         return total
 
     async def _once(self, order: ImageOrder) -> AsyncIterator[Event]:
@@ -207,6 +222,13 @@ class HandleArtist:
         finally:
             with suppress(Exception):
                 answer.cancel()
+
+
+def _running() -> int:
+    """Replicas that draw, as Serve's controller has it."""
+    application = serve.status().applications.get(NAME)
+    replica = application.deployments.get("replica") if application else None
+    return replica.replica_states.get("RUNNING", 0) if replica else 0
 
 
 MakeApp = Callable[[ServingSettings, Storage, HandleArtist], Any]

@@ -191,3 +191,25 @@ def test_the_ray_that_serves_asks_for_its_token(up: Service) -> None:
     )
     assert known.returncode == 0, known.stderr
     assert unknown.returncode != 0 and "AuthenticationError" in unknown.stderr
+
+
+def test_a_service_that_may_sleep_is_ready_with_no_replica_and_looking_at_it_does_not_keep_it_awake(
+    up: Service,
+) -> None:
+    asleep = Replicas(min=0, max=1, cpus=1, upscale_delay_s=0, downscale_delay_s=1)
+    start(service(up.settings, asleep, up.storage, create_app), "127.0.0.1", up.port)
+    until = time.monotonic() + WAIT_S
+
+    def awake() -> float:
+        with urllib.request.urlopen(f"{up.address}/readyz", timeout=WAIT_S) as ready:
+            assert ready.status == 200
+        time.sleep(0.2)
+        assert time.monotonic() < until
+        return up.figures().get("raybooth_replica_replicas", 0)
+
+    while awake():
+        pass
+    assert up.draw("lora", 7)
+    assert awake() == 1
+    while awake():
+        pass
