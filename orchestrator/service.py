@@ -103,19 +103,9 @@ def run_service(
         UserError: A setting cannot take effect: a safety check that cannot be loaded, say.
         SystemFailure: The service does not come up.
     """
-    from serving.app import service, start, stop
-    from training.pipeline import open_base
+    from serving.app import start, stop
 
-    base = open_base(spec.base, spec.revision)
-    SafetyGuard.of(spec.safety)  # refused now rather than in a replica that never starts
-    if "sizes" not in spec.model_fields_set:
-        spec = spec.model_copy(update={"sizes": (f"{base.image_size}x{base.image_size}",)})
-    settings = ServingSettings.model_validate(spec.model_dump(include=set(ServingSettings.model_fields)))
-    signer = (spec.c2pa.certificate, spec.c2pa.key) if spec.c2pa else None
-    make = partial(make_app, ledger=ledger, mlflow=mlflow, defaults=spec.training)
-    application = service(
-        settings, spec.replicas, storage, make, spec.revision, spec.ingresses, spec.safety, signer
-    )
+    application = make_service(spec, storage, ledger, mlflow)
     cpus = ceil(spec.replicas.max * spec.replicas.cpus) + spec.trainings.at_once * TRAINING_CPUS
     signals = Signals()
     with signals.heard(), session(resolve_address(address), cpus, storage):
@@ -128,6 +118,31 @@ def run_service(
                     time.sleep(LOOK_S)
         finally:
             stop()
+
+
+def make_service(spec: ServiceSpec, storage: Storage, ledger: str, mlflow: str | None) -> Any:
+    """The Serve application of a spec; nothing is started.
+
+    Args:
+        spec: The service's.
+        storage: Root, which every node reaches.
+        ledger: URI of the record of campaigns, which trainings are.
+        mlflow: Where trainings are tracked; `None` is below the root.
+
+    Raises:
+        UserError: A setting cannot take effect: a safety check that cannot be loaded, say.
+    """
+    from serving.app import service
+    from training.pipeline import open_base
+
+    base = open_base(spec.base, spec.revision)
+    SafetyGuard.of(spec.safety)  # refused now rather than in a replica that never starts
+    if "sizes" not in spec.model_fields_set:
+        spec = spec.model_copy(update={"sizes": (f"{base.image_size}x{base.image_size}",)})
+    settings = ServingSettings.model_validate(spec.model_dump(include=set(ServingSettings.model_fields)))
+    signer = (spec.c2pa.certificate, spec.c2pa.key) if spec.c2pa else None
+    make = partial(make_app, ledger=ledger, mlflow=mlflow, defaults=spec.training)
+    return service(settings, spec.replicas, storage, make, spec.revision, spec.ingresses, spec.safety, signer)
 
 
 def make_app(

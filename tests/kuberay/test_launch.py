@@ -4,19 +4,17 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from typer.testing import CliRunner
 
 from cluster.errors import UserError
 from cluster.kuberay import KubeApi
 from cluster.leaving import leave_driver, leave_node
-from orchestrator.cli import app
 from orchestrator.jobsize import JobSize
 from orchestrator.launch import cancel, follow, jobs, launch, log_lines, state_of
 from orchestrator.rayjob import JobOptions, render_job
@@ -154,24 +152,6 @@ def test_a_name_that_is_not_there_is_answered_with_those_that_are(cluster: Any, 
 
 
 # -- the command line --------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def booth(cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
-    """The command line, with a kubeconfig for the server and a campaign.yaml in its folder."""
-    config = {
-        "apiVersion": "v1",
-        "kind": "Config",
-        "current-context": "test",
-        "clusters": [{"name": "test", "cluster": {"server": cluster.url}}],
-        "users": [{"name": "me", "user": {"token": "t"}}],
-        "contexts": [{"name": "test", "context": {"cluster": "test", "user": "me", "namespace": "team-a"}}],
-    }
-    (tmp_path / "config").write_text(yaml.safe_dump(config))
-    (tmp_path / "night.yaml").write_text("subjects: [{name: rex, class: dog, images: s3://b/rex/}]\n")
-    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "config"))
-    monkeypatch.chdir(tmp_path)
-    yield lambda *words: CliRunner().invoke(app, list(words))
 
 
 SUBMIT = ("submit", "night.yaml", "--memory", "4", "--image", "registry.example/raybooth:0.1.0")
