@@ -44,7 +44,7 @@ def deploy(
         typer.Option("--redis", help="Keeps it serving when its head is lost.", metavar="HOST:PORT"),
     ] = "",
     redis_secret: Annotated[
-        str, typer.Option("--redis-secret", help="Secret with the key redis-password.", metavar="NAME")
+        str, typer.Option("--redis-secret", help="Secret with the key password.", metavar="NAME")
     ] = "raybooth-redis",
     spot: Spot = False,
     image: Image = "",

@@ -11,14 +11,14 @@ from typing import Any
 import yaml
 
 from cluster.errors import UserError
-from orchestrator.deployment import IMPORT_PATH
 from orchestrator.jobsize import ASSUMED_GIB, CUDA_HOST, GIB, HEAD_CPUS, HEAD_GIB, OBJECT_STORE
 from orchestrator.pods import PodSettings, Spec, autoscaler, head_pod, worker_pod
 from orchestrator.rayjob import DIGEST, JobOptions, job_name
-from orchestrator.service import ServiceSpec
+from orchestrator.service import ServiceSpec, application
 from orchestrator.site import STREAM_CPUS
 
 SERVICE = "raybooth/service"
+REDIS_KEY = "password"
 PORT = 8000
 IDLE_S = 600  # that a pod draws nothing before the autoscaler takes it away; a model takes a while to load
 SPARE_S = 30  # beyond the time that a replica has to draw what it has accepted
@@ -31,7 +31,7 @@ class Redis:
     address: str
     """`HOST:PORT`."""
     secret: str
-    """Secret with the key `redis-password`."""
+    """Secret with its password, under `REDIS_KEY`."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,8 @@ def service_size(spec: ServiceSpec, memory_gib: int | None = None) -> ServiceSiz
     seats = max(1, int(gpus // replicas.gpus)) if gpus else 1  # replicas on one pod
     known = spec.base == "pocket" or Path(spec.base).is_dir()
     return ServiceSize(
-        pods=max(1, ceil(replicas.min / seats)),  # one serves HTTP though all replicas sleep
-        most_pods=ceil(replicas.max / seats) + spec.trainings.at_once,
+        pods=max(ceil(replicas.min / seats), spec.ingresses),  # which serve HTTP though all replicas sleep
+        most_pods=max(ceil(replicas.max / seats), spec.ingresses) + spec.trainings.at_once,
         cpus=ceil(seats * replicas.cpus) + 1 + STREAM_CPUS,
         gpus=gpus,
         memory_gib=memory_gib or (ceil(seats * _replica_gib(spec)) + 1 if known else ASSUMED_GIB),
@@ -133,11 +133,21 @@ def render_service(
 def _serve_config(spec: ServiceSpec) -> Spec:
     said: Mapping[str, Any] = spec.model_dump(mode="json", by_alias=True, exclude_unset=True)
     settings = {key: value for key, value in said.items() if key not in ("host", "port")}
-    application = {"name": "raybooth", "import_path": IMPORT_PATH, "route_prefix": "/"}
     return {
         "proxy_location": "EveryNode",
         "http_options": {"host": "0.0.0.0", "port": PORT},
-        "applications": [{**application, "args": {"host": "0.0.0.0", **settings}}],
+        "applications": [
+            {
+                "name": "raybooth",
+                "import_path": f"{application.__module__}:{application.__name__}",
+                "route_prefix": "/",
+                "args": {"host": "0.0.0.0", **settings},
+                # an ingress takes a share of a CPU, which the head has none of, and stands beside each proxy
+                "deployments": [
+                    {"name": "ingress", "max_replicas_per_node": 1, "ray_actor_options": {"num_cpus": 0.5}}
+                ],
+            }
+        ],
     }
 
 
@@ -159,7 +169,7 @@ def _cluster(
                 "groupName": "gpu" if size.gpus else "cpu",
                 "replicas": size.pods,
                 "minReplicas": size.pods,
-                "maxReplicas": max(size.pods, size.most_pods),
+                "maxReplicas": size.most_pods,
                 "rayStartParams": {"num-cpus": str(size.cpus)},
                 "template": worker_pod(
                     pods, size.cpus, size.gpus, size.memory_gib, grace_s, options.spot, port=PORT
@@ -168,7 +178,7 @@ def _cluster(
         ],
     }
     if redis:
-        password = {"secretKeyRef": {"name": redis.secret, "key": "redis-password"}}
+        password = {"secretKeyRef": {"name": redis.secret, "key": REDIS_KEY}}
         cluster["gcsFaultToleranceOptions"] = {
             "redisAddress": redis.address,
             "redisPassword": {"valueFrom": password},

@@ -1,5 +1,6 @@
 """This file is where the service is put together from its parts and run: what a user types as `serve`."""
 
+import os
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -105,12 +106,12 @@ def run_service(
     """
     from serving.app import start, stop
 
-    application = make_service(spec, storage, ledger, mlflow)
+    built = _built(spec, storage, ledger, mlflow)
     cpus = ceil(spec.replicas.max * spec.replicas.cpus) + spec.trainings.at_once * TRAINING_CPUS
     signals = Signals()
     with signals.heard(), session(resolve_address(address), cpus, storage):
         signals.listen()  # Ray has taken them
-        start(application, spec.host, spec.port)
+        start(built, spec.host, spec.port)
         try:
             up(f"http://{spec.host}:{spec.port}")
             with signals.patiently():
@@ -120,18 +121,30 @@ def run_service(
             stop()
 
 
-def make_service(spec: ServiceSpec, storage: Storage, ledger: str, mlflow: str | None) -> Any:
-    """The Serve application of a spec; nothing is started.
+def application(args: Mapping[str, Any]) -> Any:
+    """The Serve application of a RayService, which names this function as its `import_path`.
+
+    Storage, record and MLflow are those of the environment: RAYBOOTH_STORAGE, RAYBOOTH_LEDGER, MLFLOW_TRACKING_URI.
 
     Args:
-        spec: The service's.
-        storage: Root, which every node reaches.
-        ledger: URI of the record of campaigns, which trainings are.
-        mlflow: Where trainings are tracked; `None` is below the root.
+        args: What serve.yaml may say; `host` and `port` are Serve's own there.
 
     Raises:
-        UserError: A setting cannot take effect: a safety check that cannot be loaded, say.
+        UserError: A setting is unknown or cannot take effect, or RAYBOOTH_STORAGE is not set.
     """
+    from orchestrator.ledger import ledger_uri
+
+    uri = os.environ.get("RAYBOOTH_STORAGE")
+    if not uri:
+        raise UserError(
+            "there is no storage root", "RAYBOOTH_STORAGE is not set", "set it to s3://BUCKET/PREFIX"
+        )
+    storage = Storage(uri)
+    return _built(service_spec(None, args), storage, ledger_uri(storage.uri, None), None)
+
+
+def _built(spec: ServiceSpec, storage: Storage, ledger: str, mlflow: str | None) -> Any:
+    """The Serve application, every setting of it checked."""
     from serving.app import service
     from training.pipeline import open_base
 

@@ -13,11 +13,10 @@ from ray.serve.schema import ServeDeploySchema
 
 from cluster.errors import SystemFailure, UserError
 from cluster.kuberay import KubeApi
-from orchestrator.deployment import build
 from orchestrator.rayjob import JobOptions
 from orchestrator.rayservice import Redis, render_service, service_size
 from orchestrator.rollout import deploy, follow_service, service_state_of
-from orchestrator.service import ServiceSpec
+from orchestrator.service import ServiceSpec, application
 
 OPTIONS = JobOptions("team-a", "registry.example/raybooth:0.1.0", "2.60.0", spot=False)
 SPEC = ServiceSpec.model_validate({"replicas": {"min": 2, "max": 4, "drain_s": 90}, "limits": {"steps": 50}})
@@ -36,7 +35,7 @@ def test_a_service_has_every_field_that_it_needs(complaints: Callable[[Any], lis
     assert cluster["authOptions"] == {"mode": "token"} and cluster["rayVersion"] == "2.60.0"
     assert cluster["gcsFaultToleranceOptions"] == {
         "redisAddress": "redis:6379",
-        "redisPassword": {"valueFrom": {"secretKeyRef": {"name": "raybooth-redis", "key": "redis-password"}}},
+        "redisPassword": {"valueFrom": {"secretKeyRef": {"name": "raybooth-redis", "key": "password"}}},
     }
     assert cluster["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
     [group] = cluster["workerGroupSpecs"]
@@ -51,18 +50,12 @@ def test_serve_takes_the_config_and_builds_the_application_that_the_settings_des
     bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = ServeDeploySchema.model_validate(yaml.safe_load(rendered()["spec"]["serveConfigV2"]))
-    [application] = config.applications
-    assert application.import_path == f"{build.__module__}:{build.__name__}"
+    [named] = config.applications
+    assert named.import_path == "orchestrator.service:application"
     monkeypatch.setenv("RAYBOOTH_STORAGE", f"{bucket}/booth")
-    built = call_user_app_builder_with_args_if_necessary(build, application.args)
+    built = call_user_app_builder_with_args_if_necessary(application, named.args)
     settings = built._bound_deployment.init_args[0]
     assert (settings.host, settings.limits.steps, settings.sizes) == ("0.0.0.0", 50, ("64x64",))
-
-
-def test_a_service_without_shared_storage_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("RAYBOOTH_STORAGE", raising=False)
-    with pytest.raises(UserError, match="no storage that all its pods reach"):
-        build({})
 
 
 def test_replicas_that_share_a_gpu_share_a_pod() -> None:
