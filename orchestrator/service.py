@@ -1,5 +1,6 @@
 """This file is where the service is put together from its parts and run: what a user types as `serve`."""
 
+import os
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -103,7 +104,48 @@ def run_service(
         UserError: A setting cannot take effect: a safety check that cannot be loaded, say.
         SystemFailure: The service does not come up.
     """
-    from serving.app import service, start, stop
+    from serving.app import start, stop
+
+    built = _built(spec, storage, ledger, mlflow)
+    cpus = ceil(spec.replicas.max * spec.replicas.cpus) + spec.trainings.at_once * TRAINING_CPUS
+    signals = Signals()
+    with signals.heard(), session(resolve_address(address), cpus, storage):
+        signals.listen()  # Ray has taken them
+        start(built, spec.host, spec.port)
+        try:
+            up(f"http://{spec.host}:{spec.port}")
+            with signals.patiently():
+                while not signals.leave:
+                    time.sleep(LOOK_S)
+        finally:
+            stop()
+
+
+def application(args: Mapping[str, Any]) -> Any:
+    """The Serve application of a RayService, which names this function as its `import_path`.
+
+    Storage, record and MLflow are those of the environment: RAYBOOTH_STORAGE, RAYBOOTH_LEDGER, MLFLOW_TRACKING_URI.
+
+    Args:
+        args: What serve.yaml may say; `host` and `port` are Serve's own there.
+
+    Raises:
+        UserError: A setting is unknown or cannot take effect, or RAYBOOTH_STORAGE is not set.
+    """
+    from orchestrator.ledger import ledger_uri
+
+    uri = os.environ.get("RAYBOOTH_STORAGE")
+    if not uri:
+        raise UserError(
+            "there is no storage root", "RAYBOOTH_STORAGE is not set", "set it to s3://BUCKET/PREFIX"
+        )
+    storage = Storage(uri)
+    return _built(service_spec(None, args), storage, ledger_uri(storage.uri, None), None)
+
+
+def _built(spec: ServiceSpec, storage: Storage, ledger: str, mlflow: str | None) -> Any:
+    """The Serve application, every setting of it checked."""
+    from serving.app import service
     from training.pipeline import open_base
 
     base = open_base(spec.base, spec.revision)
@@ -113,21 +155,7 @@ def run_service(
     settings = ServingSettings.model_validate(spec.model_dump(include=set(ServingSettings.model_fields)))
     signer = (spec.c2pa.certificate, spec.c2pa.key) if spec.c2pa else None
     make = partial(make_app, ledger=ledger, mlflow=mlflow, defaults=spec.training)
-    application = service(
-        settings, spec.replicas, storage, make, spec.revision, spec.ingresses, spec.safety, signer
-    )
-    cpus = ceil(spec.replicas.max * spec.replicas.cpus) + spec.trainings.at_once * TRAINING_CPUS
-    signals = Signals()
-    with signals.heard(), session(resolve_address(address), cpus, storage):
-        signals.listen()  # Ray has taken them
-        start(application, spec.host, spec.port)
-        try:
-            up(f"http://{spec.host}:{spec.port}")
-            with signals.patiently():
-                while not signals.leave:
-                    time.sleep(LOOK_S)
-        finally:
-            stop()
+    return service(settings, spec.replicas, storage, make, spec.revision, spec.ingresses, spec.safety, signer)
 
 
 def make_app(
