@@ -14,10 +14,12 @@ from orchestrator.cli_batch import batch
 from orchestrator.cli_campaign import app as campaign_app
 from orchestrator.cli_draw import demo, generate
 from orchestrator.cli_inspect import inspect
+from orchestrator.cli_jobs import app as jobs_app
 from orchestrator.cli_keys import app as keys_app
 from orchestrator.cli_prior import app as prior_app
 from orchestrator.cli_serve import serve
 from orchestrator.cli_subjects import app as subjects_app
+from orchestrator.cli_submit import submit
 from orchestrator.cli_train import doctor, plan, schema, train
 
 app = typer.Typer(
@@ -53,6 +55,8 @@ app.command()(inspect)
 app.command()(batch)
 app.command()(serve)
 app.add_typer(campaign_app, name="campaign")
+app.command()(submit)
+app.add_typer(jobs_app, name="jobs")
 app.add_typer(subjects_app, name="subjects")
 app.add_typer(prior_app, name="prior")
 app.add_typer(keys_app, name="keys")

@@ -54,6 +54,15 @@ Detach = Annotated[
 ]
 
 
+PartialOk = Annotated[
+    bool,
+    typer.Option(
+        "--partial-ok",
+        help="Exit with 0 although some subjects did not succeed: for what would only start it again.",
+    ),
+]
+
+
 @contextmanager
 def _record(storage: str, ledger: str) -> "Iterator[tuple[Storage, Ledger]]":
     from cluster.storage import Storage
@@ -117,6 +126,7 @@ def run(
     sets: Sets = None,
     detach: Detach = False,
     watch: Watch = True,
+    partial_ok: PartialOk = False,
     storage: StorageOption = "",
     ledger: LedgerOption = "",
     address: Address = "",
@@ -150,6 +160,7 @@ def run(
                 if names:
                     output.say(f"{spec.name}: {len(names)} subjects {text}")
             _go(output, spec.name, record, root, address, detach, watch)
+            output.exit_code = 0 if partial_ok and output.exit_code == 3 else output.exit_code
 
 
 @app.command("resume")

@@ -7,7 +7,7 @@ on. Precedence is defaults < row < flags < `--set`. It imports no torch.
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -48,6 +48,8 @@ class Row:
     priority: int
     run: Run | None
     error: UserError | None
+    written: Mapping[str, Any] = field(default_factory=dict)
+    """As it was written, flags and `--set` laid over it; paths are absolute or URIs."""
 
 
 @dataclass(frozen=True)
@@ -239,6 +241,8 @@ def _rows(raws: Sequence[RawRow], defaults: Mapping[str, Any], over: Mapping[str
 
 def _row(raw: RawRow, defaults: Mapping[str, Any], over: Mapping[str, Any], taken: set[str]) -> Row:
     fields, standing = raw.fields, Standing()
+    written = merge(fields, {key: value for key, value in over.items() if key in SECTIONS})
+    written = merge(written, over.get("subject", {}))
     try:
         if raw.error:
             raise raw.error
@@ -250,9 +254,11 @@ def _row(raw: RawRow, defaults: Mapping[str, Any], over: Mapping[str, Any], take
     except UserError as error:
         noun = fields.get("class") or defaults.get("subject", {}).get("class") or ""
         told = UserError(f"{raw.place}: {error.what}", error.seen, error.do)
-        return Row(_shown_name(raw, taken), str(noun), standing.tenant, standing.priority, None, told)
+        return Row(
+            _shown_name(raw, taken), str(noun), standing.tenant, standing.priority, None, told, written
+        )
     who = run.subject
-    return Row(who.name, who.class_noun, standing.tenant, standing.priority, run, None)
+    return Row(who.name, who.class_noun, standing.tenant, standing.priority, run, None, written)
 
 
 def _check_keys(fields: Mapping[str, Any]) -> None:
@@ -271,7 +277,7 @@ def _run_of(fields: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str,
     if (
         isinstance(train, Mapping)
         and isinstance(rowed, Mapping)
-        and rowed.get("method", train.get("method")) != train.get("method", "lora")
+        and rowed.get("method", train.get("method", "lora")) != train.get("method", "lora")
     ):
         # the adapters of the others take no effect here, and the row cannot take them back
         defaults = {**defaults, "train": {key: value for key, value in train.items() if key != "lora"}}

@@ -175,6 +175,14 @@ def test_later_sources_win_over_earlier_ones(tmp_path: Path) -> None:
     assert over.defaults["train"] == {"steps": 7, "lr": 1e-5, "seed": 9}
 
 
+def test_a_row_with_a_setting_of_its_own_keeps_the_adapters_of_the_defaults(tmp_path: Path) -> None:
+    text = "defaults: {train: {lora: {rank: 4}}}\nsubjects:\n"
+    text += "- {name: a, class: dog, images: x, train: {steps: 5}}\n"
+    (tmp_path / "c.yaml").write_text(text)
+    [row] = load_campaign(str(tmp_path / "c.yaml")).rows
+    assert row.run is not None and (row.run.train.steps, row.run.train.lora.rank) == (5, 4)
+
+
 def test_a_row_of_another_method_does_without_the_adapters_of_the_others(tmp_path: Path) -> None:
     text = "defaults: {train: {lora: {rank: 4}}}\nsubjects:\n"
     text += "- {name: a, class: dog, images: x}\n- {name: b, class: dog, images: x, train: {method: full}}\n"
