@@ -8,7 +8,7 @@ from pocket.subject import subject_photos
 
 ROOT = os.environ.get("RAYBOOTH_PHOTOS", "s3://raybooth/photos")
 
-for name, noun, seed in (("rex", "dog", 7), ("tom", "cat", 11)):
+for name, noun, seed in (("satchel", "backpack", 7), ("robo", "robot", 11)):
     folder = Storage(f"{ROOT}/{name}")
     for i, photo in enumerate(subject_photos(noun, seed)):
         png = io.BytesIO()
