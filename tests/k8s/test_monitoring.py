@@ -153,6 +153,11 @@ def test_names_are_read_out_of_expressions(expression: str, figures: set[str]) -
     assert names(expression) == figures
 
 
+def test_every_figure_of_a_campaign_is_documented() -> None:
+    page = (HERE.parent.parent / "docs" / "kubernetes-reference.md").read_text(encoding="utf-8")
+    assert [family.exported for family in FAMILIES if f"`{family.exported}" not in page] == []
+
+
 def test_no_query_asks_for_a_subject() -> None:
     """There are too many, and the ports with figures ask nobody for a key."""
     assert not {"subject", "name", "key", "prompt"} & {
@@ -162,7 +167,9 @@ def test_no_query_asks_for_a_subject() -> None:
 
 def test_every_alert_has_a_case_and_says_what_to_do() -> None:
     cases = (HERE / "alerts.test.yaml").read_text(encoding="utf-8")
+    page = (HERE.parent.parent / "docs" / "kubernetes-reference.md").read_text(encoding="utf-8")
     for rule in ALERTS:
+        assert f"| `{rule['alert']}` |" in page
         assert f'alertname="{rule["alert"]}"' in cases
         assert rule["labels"]["severity"] in ("warning", "critical")
         assert set(rule["annotations"]) == {"summary", "description"}

@@ -1,5 +1,6 @@
 """Every overlay is accepted by schemas, the operators' rules and our policies, and counted."""
 
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -90,6 +91,16 @@ def test_lists_of_custom_resources_are_patched_by_json6902_alone() -> None:
             assert isinstance(operations, list) and all({"op", "path"} <= o.keys() for o in operations), file
             found += 1
     assert found > 10
+
+
+def test_the_documents_name_every_component_and_link_to_what_is_there() -> None:
+    readme = K8S / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    for component in (K8S / "components").iterdir():
+        assert f"`{component.name}`" in text
+    for page in (readme, K8S.parent / "docs" / "kubernetes-reference.md"):
+        for target in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists() or target.endswith("docs/kubernetes.md"), target
 
 
 def test_the_command_line_says_what_is_wrong_with_a_folder(tmp_path: Path, crds: Crds) -> None:
