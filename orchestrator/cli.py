@@ -12,6 +12,8 @@ import typer
 
 from orchestrator.cli_batch import batch
 from orchestrator.cli_campaign import app as campaign_app
+from orchestrator.cli_deploy import app as services_app
+from orchestrator.cli_deploy import deploy
 from orchestrator.cli_draw import demo, generate
 from orchestrator.cli_inspect import inspect
 from orchestrator.cli_jobs import app as jobs_app
@@ -57,6 +59,8 @@ app.command()(serve)
 app.add_typer(campaign_app, name="campaign")
 app.command()(submit)
 app.add_typer(jobs_app, name="jobs")
+app.command()(deploy)
+app.add_typer(services_app, name="services")
 app.add_typer(subjects_app, name="subjects")
 app.add_typer(prior_app, name="prior")
 app.add_typer(keys_app, name="keys")

@@ -21,6 +21,7 @@ class Api(Protocol):
     namespace: str
 
     def create(self, document: Document, dry_run: bool = False) -> dict[str, Any] | None: ...
+    def replace(self, document: Document) -> dict[str, Any] | None: ...
     def read(self, kind: str, name: str) -> dict[str, Any] | None: ...
     def delete(self, kind: str, name: str, uid: str | None = None) -> bool: ...
     def listed(self, kind: str, selector: str) -> list[dict[str, Any]]: ...
@@ -50,7 +51,7 @@ def launch(api: Api, documents: Sequence[Document]) -> tuple[JobState, bool]:
         there = made or api.read("RayJob", name)
         if there is None:
             continue  # it went away in between
-        if _digest(there) == _digest(job) and not _is_over(there):
+        if digest_of(there) == digest_of(job) and not _is_over(there):
             break
         _make_room(api, job, there)
     else:
@@ -152,7 +153,7 @@ def _state(job: Document) -> JobState:
     return job_state(job, kueue=QUEUE in job["metadata"].get("labels", {}))
 
 
-def _digest(job: Document) -> str | None:
+def digest_of(job: Document) -> str | None:
     annotations: Mapping[str, str] = job["metadata"].get("annotations") or {}
     return annotations.get(DIGEST)
 

@@ -17,8 +17,10 @@ import kmock
 import pytest
 import yaml
 from kubernetes import client
+from typer.testing import CliRunner
 
 from cluster.kuberay import KubeApi
+from orchestrator.cli import app
 
 CRDS = Path(__file__).parents[3] / "shared" / "crds"
 FILES = {"RayJob": "ray.io_rayjobs.yaml", "RayService": "ray.io_rayservices.yaml"}
@@ -108,7 +110,7 @@ class Server(kmock.KubernetesEmulator):
             if fault.method == raw_request.method and fault.path in raw_request.path_qs:
                 self.faults.remove(fault)
                 return await self._fail(raw_request, fault)
-        if raw_request.method == "POST" and (refused := self._admit(data)):
+        if raw_request.method in ("POST", "PUT") and (refused := self._admit(data)):
             return refused
         if raw_request.method == "POST" and "dryRun=All" in raw_request.path_qs:
             return aiohttp.web.json_response(data)
@@ -123,7 +125,19 @@ class Server(kmock.KubernetesEmulator):
                 uid=str(uuid4()), resourceVersion=str(len(self.seen)), creationTimestamp=now
             )
             raw_request._read_bytes = json.dumps(data).encode()  # what kmock reads next
+        if raw_request.method == "PUT":
+            return self._put(raw_request.path.rpartition("/")[2], data)
         return await super().__call__(raw_request)
+
+    def _put(self, name: str, document: dict[str, Any]) -> Any:
+        """kmock updates by PATCH alone; a PUT of what has changed since it was read is a conflict."""
+        [there] = [o for (_, _, known), o in self.objects.items() if known == name and not o.deleted]
+        before = there.raw["metadata"]
+        if document["metadata"].get("resourceVersion") != before["resourceVersion"]:
+            return self._status(409, "the object has been modified")
+        document["metadata"].update(uid=before["uid"], resourceVersion=str(len(self.seen)))
+        there.create(document)
+        return aiohttp.web.json_response(document)
 
     def _admit(self, document: Mapping[str, Any]) -> Any:
         """What a real server refuses: unknown fields, values that do not fit."""
@@ -211,3 +225,24 @@ def naps() -> list[float]:
 def api(cluster: Cluster, naps: list[float]) -> KubeApi:
     """Our client of it."""
     return KubeApi(client.Configuration(host=cluster.url), "team-a", naps.append)
+
+
+# -- the command line --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def booth(cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
+    """The command line, with a kubeconfig for the server and a campaign.yaml in its folder."""
+    config = {
+        "apiVersion": "v1",
+        "kind": "Config",
+        "current-context": "test",
+        "clusters": [{"name": "test", "cluster": {"server": cluster.url}}],
+        "users": [{"name": "me", "user": {"token": "t"}}],
+        "contexts": [{"name": "test", "context": {"cluster": "test", "user": "me", "namespace": "team-a"}}],
+    }
+    (tmp_path / "config").write_text(yaml.safe_dump(config))
+    (tmp_path / "night.yaml").write_text("subjects: [{name: rex, class: dog, images: s3://b/rex/}]\n")
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "config"))
+    monkeypatch.chdir(tmp_path)
+    yield lambda *words: CliRunner().invoke(app, list(words))
