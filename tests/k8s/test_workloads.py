@@ -20,7 +20,8 @@ from orchestrator.cli import app
 from orchestrator.jobsize import JobSize
 from orchestrator.manifest import load_campaign
 from orchestrator.rayjob import JobOptions, render_job
-from orchestrator.service import application, service_spec
+from orchestrator.rayservice import Redis, render_service, service_size
+from orchestrator.service import ServiceSpec, application, service_spec
 
 ROOT = Path(__file__).parent.parent.parent
 OVERLAYS = ("dev", "kind-cpu", "prod")
@@ -156,3 +157,14 @@ def test_a_submitted_job_fits_into_the_namespace(
     options = JobOptions("raybooth", image, "2.60.0", queue=queue, priority="batch" if queue else None)
     job = render_job("night", "s3://b/night.yaml", "name: night\n", size, options)
     assert [str(c) for c in complaints([*overlays["prod"], *job], crds, pinned=True)] == []
+
+
+def test_a_deployed_service_fits_into_the_namespace(
+    overlays: Mapping[str, list[Document]], crds: Crds
+) -> None:
+    spec = ServiceSpec.model_validate({"replicas": {"min": 2, "max": 4, "gpus": 1}})
+    options = JobOptions("raybooth", "raybooth@sha256:" + "0" * 64, "2.60.0", spot=False)
+    service = render_service(
+        "other", spec, service_size(spec), options, Redis("redis:6379", "raybooth-redis")
+    )
+    assert [str(c) for c in complaints([*overlays["prod"], service], crds, pinned=True)] == []
