@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from cluster.errors import SystemFailure
+from cluster.figures import RayFigures
 from cluster.objects import StorageError
 from cluster.session import gpu_count, session
 from cluster.storage import Storage
@@ -15,6 +16,7 @@ from orchestrator.campaign_mirror import CampaignMirror
 from orchestrator.campaign_watch import CampaignWatch
 from orchestrator.claims import Claim
 from orchestrator.controller import Controller
+from orchestrator.fleet import FAMILIES, Fleet
 from orchestrator.ledger import Ledger
 from orchestrator.manifest import settings_of
 from orchestrator.records import ENDED, RunRow, state_of
@@ -164,6 +166,9 @@ class _Journey:
             )
             stack.callback(works.close)
 
+            # a private Ray has nobody who would ask it
+            fleet = Fleet(RayFigures(FAMILIES), self.settings.budget) if site.joined else None
+
             def show(rows: Sequence[RunRow]) -> None:
                 if self.signals.leave:
                     controller.stop("terminated")
@@ -171,6 +176,8 @@ class _Journey:
                     campaign = self.ledger.campaign(self.name)
                     self.watch.show(campaign, rows)
                     mirror.counts(_counts(rows), campaign.worker_seconds)
+                    if fleet:
+                        fleet.look(rows, campaign)
 
             controller = Controller(
                 self.ledger,
@@ -183,6 +190,8 @@ class _Journey:
                 self.watch.note,
             )
             state = controller.run()
+            if fleet:
+                fleet.look(controller.roster.rows, self.ledger.campaign(self.name), at_once=True)
         if self.signals.leave:
             raise Terminated("what trained is saved")
         return state
