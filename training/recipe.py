@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
 Method = Literal["lora", "full"]
-SamplerName = Literal["ddim", "euler", "dpm++2m"]
+SamplerName = Literal["ddim", "ddpm", "euler", "euler-a", "plms", "dpm++2m", "unipc", "lcm"]
 LrScheduler = Literal["constant", "linear", "cosine", "polynomial"]
 ABOUT = "subject.yaml"  # beside a subject's photos: what a campaign is told of it
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # the ends of the names of a UNet's attention layers

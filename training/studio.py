@@ -4,7 +4,7 @@ Rows may differ in prompt, seed, timestep, sampler, number of steps, guidance an
 between two steps. A row's bits depend on its request, on what it wears and on W alone, neither on its neighbours nor
 on when it joined: the UNet always sees W rows, each prompt is encoded alone, and each image decoded alone.
 
-W rows of a forward, C latent channels, H W latent size, L tokens, D text width.
+W rows of a forward, K latents that a sampler remembers, C latent channels, H W latent size, L tokens, D text width.
 """
 
 import threading
@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from training.denoising import MEMORY, SamplerTable, advance
 from training.outfit import PLAIN, Outfit, Weights, read_outfit
 from training.pipeline import (
     BaseInfo,
@@ -34,7 +35,7 @@ from training.pipeline import (
 )
 from training.request import FORWARD_ROWS, DrawRequest
 from training.row_linear import RowAdapters
-from training.samplers import SamplerTable, advance, sampler_table
+from training.samplers import sampler_table
 from training.schedule import NoiseSchedule
 
 # Parameters of a UNet below which threads wait for each other longer than they work (pocket: 10 s on two, 3 s on one)
@@ -54,6 +55,8 @@ class Row:
     """[C, H, W] latents."""
     x0: torch.Tensor
     """[C, H, W]: the clean latents that the model implied in the last step."""
+    kept: torch.Tensor
+    """[K, C, H, W]: what its sampler remembers."""
     step: int = 0
     texts: list[torch.Tensor] = field(default_factory=list)
     """Hidden states [1, L, D] of its forward rows: of the negative prompt, if it is guided, and of the prompt."""
@@ -131,7 +134,7 @@ class Studio:
         x = torch.randn(shape, generator=generator).to(self.device)
         if table.start != 1.0:
             x = x * table.start
-        return Row(request, outfit, table, generator, x, torch.zeros_like(x))
+        return Row(request, outfit, table, generator, x, torch.zeros_like(x), x.new_zeros(MEMORY, *shape))
 
     @torch.inference_mode()
     def step(self, rows: Sequence[Row]) -> None:
@@ -160,10 +163,10 @@ class Studio:
         coefficients = torch.tensor(
             np.stack([row.table.coefficients[row.step] for row in rows]), dtype=torch.float32
         )
-        previous = torch.stack([row.x0 for row in rows])
-        x = advance(x, x0, previous, noise, coefficients.to(self.device))
+        kept = torch.stack([row.kept for row in rows])
+        x, kept = advance(x, x0, kept, noise, coefficients.to(self.device))
         for i, row in enumerate(rows):
-            row.x, row.x0, row.step = x[i], x0[i], row.step + 1
+            row.x, row.x0, row.kept, row.step = x[i], x0[i], kept[i], row.step + 1
 
     @torch.inference_mode()
     def rest(self) -> None:

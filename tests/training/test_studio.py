@@ -84,15 +84,25 @@ MIXED: list[tuple[str, DrawRequest]] = [
     ("text", DrawRequest(PROMPT, 10, steps=6, guidance=2.0, sampler="dpm++2m")),
     ("small", DrawRequest("a cat", 11, steps=4, guidance=1.0, eta=1.0)),
 ]
+# a second batch: those that remember most, and those that draw noise
+REMEMBERING: list[tuple[str, DrawRequest]] = [
+    ("small", DrawRequest(PROMPT, 7, steps=5, guidance=1.0, sampler="plms")),
+    ("large", DrawRequest(PROMPT, 8, "snow", steps=5, guidance=3.0, sampler="unipc")),
+    ("base", DrawRequest("a red clock", 9, steps=4, guidance=1.0, sampler="ddpm")),
+    ("base", DrawRequest("a cat", 10, steps=3, guidance=1.0, sampler="lcm")),
+    ("text", DrawRequest(PROMPT, 11, steps=6, guidance=1.0, sampler="euler-a")),
+    ("small", DrawRequest(PROMPT, 12, steps=4, guidance=2.0)),
+]
 
 
+@pytest.mark.parametrize("asked", [MIXED, REMEMBERING], ids=["mixed", "remembering"])
 def test_a_rows_bits_depend_neither_on_its_neighbours_nor_on_when_it_joined(
-    studio: Studio, artifacts: dict[str, Path]
+    studio: Studio, artifacts: dict[str, Path], asked: list[tuple[str, DrawRequest]]
 ) -> None:
     wear = outfits(studio, artifacts)
-    alone = [drawn(studio, studio.row(request, wear[name]))[0] for name, request in MIXED]
-    together = drawn(studio, *(studio.row(request, wear[name]) for name, request in MIXED))
-    late = [studio.row(request, wear[name]) for name, request in MIXED]
+    alone = [drawn(studio, studio.row(request, wear[name]))[0] for name, request in asked]
+    together = drawn(studio, *(studio.row(request, wear[name]) for name, request in asked))
+    late = [studio.row(request, wear[name]) for name, request in asked]
     for start in range(len(late)):  # one more joins at every step, from the last to the first
         studio.step([row for row in late[-1 - start :] if not row.done])
     for one, among, other in zip(alone, together, drawn(studio, *late), strict=True):
