@@ -18,7 +18,8 @@ from training.latents import ImageSet, Shard
 from training.pipeline import BaseInfo, load_tokenizer, open_base, token_ids
 from training.prior import prior_key
 from training.prompt import TEMPLATE, render_prompt
-from training.recipe import TRAINED_SECTIONS, Run
+from training.recipe import Run, decisive
+from training.schedule import trained_scheduler
 from training.shapes import refuse_untrainable
 
 
@@ -34,6 +35,8 @@ class Prepared:
     class_ids: list[int]
     sample_ids: list[list[int]]
     """Of the empty prompt and the prompts of the sample grid; empty when it has none."""
+    empty_ids: list[int]
+    """Of the empty prompt, where captions are dropped; else none."""
     photo_names: list[str]
     fingerprint: str
     notes: list[str]
@@ -44,9 +47,9 @@ class Prepared:
         return self.run.subject.name
 
     def prior_key(self, device: str) -> str | None:
-        """The address of its prior set when `device` draws it; `None` without prior preservation."""
+        """The address of its prior set when `device` draws it; `None` when it takes no class images."""
         prior = self.run.prior
-        return prior_key(self.base, prior, self.identity.class_noun, device) if prior.weight > 0 else None
+        return prior_key(self.base, prior, self.identity.class_noun, device) if prior.draws else None
 
     def subject_images(self) -> ImageSet:
         """The subject's photos, to encode."""
@@ -76,13 +79,13 @@ def prepare(run: Run, storage: Storage) -> Prepared:
     prompts = [subject_prompt, class_prompt, run.prior.negative_prompt, "", *samples]
     subject_ids, class_ids, _, *sample_ids = token_ids(tokenizer, prompts, base.token_limit).tolist()
     refuse_untrainable(base, run.train)
+    trained_scheduler(base.scheduler, run.train.objective)
     intake = read_photos(run.subject.images, base.image_size)
     _check_holdout(run, intake)
     photos = store_photos(storage, run.subject.name, intake, base.image_size)
-    recipe = run.model_dump(mode="json", by_alias=True, include=set(TRAINED_SECTIONS))
-    decisive = [recipe, base.revision, photos.key, subject_ids, class_ids]
+    decides = [decisive(run), base.revision, photos.key, subject_ids, class_ids]
     if run.train.load_best_at_end:
-        decisive += [run.checkpoint.every, run.validate_.samples]  # they decide which one is the best
+        decides += [run.checkpoint.every, run.validate_.samples]  # they decide which one is the best
     return Prepared(
         run=run,
         base=base,
@@ -91,8 +94,9 @@ def prepare(run: Run, storage: Storage) -> Prepared:
         subject_ids=subject_ids,
         class_ids=class_ids,
         sample_ids=sample_ids if samples else [],
+        empty_ids=sample_ids[0] if run.train.objective.caption_dropout else [],
         photo_names=[photo.name for photo in intake.photos],
-        fingerprint=sha256(json.dumps(decisive, sort_keys=True).encode())[:16],
+        fingerprint=sha256(json.dumps(decides, sort_keys=True).encode())[:16],
         notes=[*intake.notes, *choice.warnings],
     )
 

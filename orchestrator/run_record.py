@@ -141,6 +141,7 @@ class RunRecord:
                 "subject_names": prepared.photo_names,
             },
             sample_ids=prepared.sample_ids,
+            empty_ids=prepared.empty_ids,
         )
 
     def register(self, metrics: Mapping[str, float], prior_key: str | None) -> None:

@@ -16,8 +16,9 @@ from torch import nn
 from cluster.errors import SystemFailure
 from cluster.storage import Storage, sha256
 from training.lora import save_lora
-from training.pipeline import BaseInfo, save_pipeline
+from training.pipeline import BaseInfo, save_pipeline, write_scheduler
 from training.recipe import Run
+from training.schedule import trained_scheduler
 
 KIND = "raybooth-artifact"
 FORMAT = 1
@@ -103,6 +104,8 @@ def write_weights(base: BaseInfo, run: Run, unet: nn.Module, text_encoder: nn.Mo
         save_lora(unet, text_encoder if run.train.text_encoder.train else None, folder, run.train.lora)
     else:
         save_pipeline(base, unet, text_encoder, folder)
+        if run.train.objective.zero_terminal_snr:
+            write_scheduler(folder, trained_scheduler(base.scheduler, run.train.objective))
 
 
 def artifact_hash(manifest: Mapping[str, Any]) -> str:

@@ -16,7 +16,10 @@ from training.dataplan import DataPlan, PlanRow, Role
 from training.lease import LatentTable, Lease, latent_table
 from training.objective import PairBatch
 from training.pipeline import BaseInfo
+from training.recipe import Objective
 from training.schedule import NoiseSchedule
+
+PLAIN = Objective()
 
 
 @dataclass(frozen=True)
@@ -27,13 +30,14 @@ class Batches:
     tables: Sequence[LatentTable | None]
     """Of the subject and of the class."""
     token_ids: torch.Tensor
-    """int64 [K, L], of the subject's and the class's prompt, by role."""
+    """int64 [K, L], of the subject's and the class's prompt, by role; last the empty one, if captions are dropped."""
     scaling_factor: float
     rank: int
     world: int
     per_step: int
     """Micro-batches of a step."""
     device: torch.device
+    objective: Objective = PLAIN
 
     @classmethod
     def of(cls, lease: Lease, base: BaseInfo, device: torch.device, rank: int, world: int) -> "Batches":
@@ -48,6 +52,9 @@ class Batches:
         if subject is None:
             raise SystemFailure(f"the lease of {lease.name} has no latents")
         held_out = run.data.holdout * run.data.images_per_photo
+        if run.prior.target == "base" and run.prior.weight > 0:
+            # the class's rows are the subject's, with another prompt
+            of_class = LatentTable(*(part[: len(subject) - held_out] for part in (subject.mean, subject.std)))
         plan = DataPlan(
             seed=run.train.seed,
             subject_rows=len(subject) - held_out,
@@ -73,6 +80,7 @@ class Batches:
             world,
             run.train.accumulation,
             device,
+            run.train.objective,
         )
 
     def of_step(self, step: int) -> Iterator[PairBatch]:
@@ -88,20 +96,33 @@ class Batches:
         rows = self.plan.validation_rows(samples, self.rank, self.world)
         each = len(self.plan.roles) * max(1, self.plan.pairs_per_rank(self.world) // self.per_step)
         for start in range(0, len(rows), each):
-            yield self._batch(rows[start : start + each])
+            yield self._batch(rows[start : start + each], plain=True)
 
-    def _batch(self, rows: Sequence[PlanRow]) -> PairBatch:
+    def _batch(self, rows: Sequence[PlanRow], plain: bool = False) -> PairBatch:
+        """The tensors of rows; `plain` ones have noise alone added and their own prompt."""
+        plan, wanted = self.plan, PLAIN if plain else self.objective
         role = torch.tensor([int(row.role) for row in rows])
+        noise = np.stack([plan.noise(row.sample_index, self._shape) for row in rows])
+        if wanted.offset_noise:
+            offsets = np.stack([plan.offset(row.sample_index, self._shape[0]) for row in rows])
+            noise = noise + np.float32(wanted.offset_noise) * offsets
+        shown = None
+        if wanted.input_perturbation:
+            more = np.stack([plan.perturbation(row.sample_index, self._shape) for row in rows])
+            shown = torch.from_numpy(noise + np.float32(wanted.input_perturbation) * more)
+        prompt = role
+        if wanted.caption_dropout:
+            dropped = [plan.drops_caption(row.sample_index, wanted.caption_dropout) for row in rows]
+            prompt = role.masked_fill(torch.tensor(dropped), len(self.token_ids) - 1)
         return PairBatch(
             latents=torch.from_numpy(np.stack([self._latent(row) for row in rows])),
-            noise=torch.from_numpy(
-                np.stack([self.plan.noise(row.sample_index, self._shape) for row in rows])
-            ),
+            noise=torch.from_numpy(noise),
             timesteps=torch.tensor([row.timestep for row in rows]),
-            token_ids=self.token_ids[role],
+            token_ids=self.token_ids[prompt],
             role=role,
             weight=torch.tensor([row.weight for row in rows]),
             sample_index=torch.tensor([row.sample_index for row in rows]),
+            shown_noise=shown,
         ).to(self.device)
 
     @property

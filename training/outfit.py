@@ -5,7 +5,7 @@ an adapted convolution) is weights that a forward pass has for all of its rows, 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,9 @@ from cluster.errors import SystemFailure, UserError
 from training.lora import FILE as LORA_FILE
 from training.lora import LayerFactors, read_lora
 from training.pipeline import BaseInfo, read_weights
+from training.recipe import Objective
 from training.row_linear import Adapter, Factors
+from training.schedule import trained_scheduler
 
 Models = Mapping[str, nn.Module]
 """`unet` and `text_encoder`, for the kinds and shapes of their layers."""
@@ -32,6 +34,8 @@ class Outfit:
     text: Adapter = field(default_factory=dict)
     weights: Weights = field(default_factory=dict)
     """Whole parameters in place of the base's; only rows that have the same ones share a forward pass."""
+    scheduler: Mapping[str, Any] | None = None
+    """The scheduler config that it was trained with; `None` is the base's."""
 
     @property
     def nbytes(self) -> int:
@@ -67,8 +71,9 @@ def read_outfit(
             f"from revision {trained_from}, and {base.model} is {base.revision}",
             "draw it with the base it was trained from",
         )
+    scheduler = _scheduler(base, manifest or {})
     if (folder / LORA_FILE).is_file():
-        return _of_lora(models, pristine, folder)
+        return replace(_of_lora(models, pristine, folder), scheduler=scheduler)
     whole = read_weights(folder)
     misfits = [
         name
@@ -78,8 +83,16 @@ def read_outfit(
     if misfits:
         raise SystemFailure(f"{folder} does not fit the base", f"{misfits[0]} and {len(misfits) - 1} more")
     return Outfit(
-        weights={name: value for name, value in whole.items() if not torch.equal(value, pristine[name].cpu())}
+        weights={
+            name: value for name, value in whole.items() if not torch.equal(value, pristine[name].cpu())
+        },
+        scheduler=scheduler,
     )
+
+
+def _scheduler(base: BaseInfo, manifest: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    objective = manifest.get("recipe", {}).get("train", {}).get("objective")
+    return trained_scheduler(base.scheduler, Objective.model_validate(objective)) if objective else None
 
 
 def _of_lora(models: Models, pristine: Weights, folder: Path) -> Outfit:

@@ -8,7 +8,7 @@ diffusers' recommendations, and for `pocket` our own runs).
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 Method = Literal["lora", "full"]
 SamplerName = Literal["ddim", "ddpm", "euler", "euler-a", "plms", "dpm++2m", "unipc", "lcm"]
@@ -70,6 +70,9 @@ class Prior(Section):
 
     weight: float = Field(default=1.0, ge=0.0, le=100.0)
     """Weight of the class term in the loss; 0 turns prior preservation off."""
+    target: Literal["images", "base"] = "images"
+    """What the class term holds on to: `images` that the base drew of the class, or what the `base` itself predicts
+    with the class prompt on the subject's noisy photos, so that none are drawn."""
     num_images: int = Field(default=200, ge=1, le=100_000)
     """Class images to draw; a larger number later draws only what is missing."""
     prompt: str = "a photo of a {class}"
@@ -84,6 +87,11 @@ class Prior(Section):
     """Classifier-free guidance scale; 1 is without guidance."""
     seed: int = Field(default=0, ge=0, lt=2**31)
     """First seed; image i is drawn from a seed of its own made of this and i."""
+
+    @property
+    def draws(self) -> bool:
+        """Whether class images are drawn for it."""
+        return self.weight > 0 and self.target == "images"
 
 
 class Data(Section):
@@ -127,6 +135,46 @@ class Lora(Section):
     """Text encoder modules that get an adapter when it is trained."""
 
 
+class Objective(Section):
+    """The loss of a row, and the noise in it. What is predicted, noise or velocity, is the base's."""
+
+    weighting: Literal["none", "min_snr", "debiased", "p2"] = "none"
+    """How rows are weighed by the signal-to-noise ratio of their timestep."""
+    snr_gamma: float = Field(default=5.0, gt=0)
+    """Of `min_snr`: ratios above count as this one."""
+    p2_gamma: float = Field(default=1.0, gt=0, le=10)
+    """Of `p2`: how much less a row counts the less noise it has."""
+    loss: Literal["mse", "huber", "smooth_l1"] = "mse"
+    """Of a difference: its square, or one that grows linearly where it is large."""
+    huber_c: float = Field(default=0.1, gt=0, le=1)
+    """Of `huber` and `smooth_l1`: from about where on they are linear, at the least."""
+    huber_schedule: Literal["constant", "exponential", "snr"] = "snr"
+    """How that point moves with the timestep: not, from 1 down to `huber_c`, or likewise by the noise level."""
+    offset_noise: float = Field(default=0.0, ge=0, le=1)
+    """Standard deviation of noise that is one number for a whole channel, so that brightness is learnt; 0 is off."""
+    input_perturbation: float = Field(default=0.0, ge=0, le=1)
+    """Standard deviation of noise that the model sees and is not asked for, relative to what it is; 0 is off."""
+    zero_terminal_snr: bool = False
+    """Stretch the base's noise process so that its last timestep leaves no signal; drawing does the same. For bases
+    that predict velocity."""
+    caption_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of rows that are trained with the empty prompt, which keeps guidance sharp; 0 is off."""
+
+    @model_validator(mode="after")
+    def _takes_effect(self) -> "Objective":
+        owners = {
+            "snr_gamma": self.weighting == "min_snr",
+            "p2_gamma": self.weighting == "p2",
+            "huber_c": self.loss != "mse",
+            "huber_schedule": self.loss != "mse",
+        }
+        for name, used in owners.items():
+            if not used and getattr(self, name) != type(self).model_fields[name].default:
+                of = "loss" if name.startswith("huber") else "weighting"
+                raise ValueError(f"`{name}` takes no effect with {of}: {getattr(self, of)}; leave it out")
+        return self
+
+
 class Train(Section):
     """The optimisation."""
 
@@ -162,6 +210,8 @@ class Train(Section):
     """The text encoder's part."""
     lora: Lora = Lora()
     """Adapters of method `lora`."""
+    objective: Objective = Objective()
+    """The loss and the noise."""
 
 
 class Engine(Section):
@@ -263,6 +313,9 @@ class Run(Recipe):
 # Sections whose values change what is trained. The base does by its revision, not by where it lies; where a run
 # happens and what watches it do not.
 TRAINED_SECTIONS = ("prior", "data", "train", "engine")
+# Settings that came after the first release: at its default one is left out of what decides, and so no fingerprint of
+# an earlier run changes.
+LATER = ("prior.target", "train.objective")
 
 DEFAULTS: Mapping[tuple[str, Method], Mapping[str, Any]] = {
     ("sd", "lora"): {},
@@ -319,3 +372,14 @@ def with_defaults(raw: Mapping[str, Any]) -> dict[str, Any]:
         name: d for (owner, name), d in DEFAULTS.items() if owner == family
     }
     return merge(table.get(str(method), {}), raw)
+
+
+def decisive(run: Recipe) -> dict[str, Any]:
+    """What of a recipe decides the tensors, as JSON values; the same as ever for settings that were there ever."""
+    kept: dict[str, Any] = run.model_dump(mode="json", by_alias=True, include=set(TRAINED_SECTIONS))
+    plain = Recipe().model_dump(mode="json", by_alias=True)
+    for path in LATER:
+        section, name = path.split(".")
+        if kept[section][name] == plain[section][name]:
+            del kept[section][name]
+    return kept

@@ -19,7 +19,7 @@ from training.pipeline import BaseInfo, encode_text, load_vae, predict
 from training.png import encode_png, grid
 from training.request import FORWARD_ROWS
 from training.samplers import sampler_table
-from training.schedule import NoiseSchedule
+from training.schedule import NoiseSchedule, trained_scheduler
 from training.studio import pixels
 
 
@@ -37,8 +37,9 @@ class Samples:
         self._wanted, self._base, self._text_encoder = lease.recipe.validate_, base, text_encoder
         self._rank, self._world, self._device = batches.rank, batches.world, batches.device
         self._ids = torch.tensor(lease.sample_ids, device=self._device)
-        self._table = sampler_table("ddim", self._wanted.steps, base.scheduler)
-        self._schedule = NoiseSchedule.from_config(base.scheduler)
+        scheduler = trained_scheduler(base.scheduler, lease.recipe.train.objective)
+        self._table = sampler_table("ddim", self._wanted.steps, scheduler)
+        self._schedule = NoiseSchedule.from_config(scheduler)
         self._shape = (base.latent_channels, base.latent_size, base.latent_size)
         self._vae: nn.Module | None = None  # rank 0 loads it when it draws first
 

@@ -113,8 +113,8 @@ class Studio:
         """What rows of an artifact wear; raises as `read_outfit`. Any thread may call it."""
         return read_outfit(self.base, self.models, self._pristine, folder, manifest)
 
-    def check(self, request: DrawRequest) -> SamplerTable:
-        """The steps of an image, if it can be drawn. Any thread may call it.
+    def check(self, request: DrawRequest, outfit: Outfit = PLAIN) -> SamplerTable:
+        """The steps of an image in an outfit, if it can be drawn. Any thread may call it.
 
         Raises:
             UserError: A prompt is too long, the sampler cannot do what is asked, or the size cannot be had.
@@ -122,11 +122,12 @@ class Studio:
         for prompt in (request.prompt, request.negative_prompt):
             self._ids(prompt)
         request.check_size(self.base.image_size, self.base.vae_factor)
-        return sampler_table(request.sampler, request.steps, self.base.scheduler, request.eta)
+        scheduler = outfit.scheduler or self.base.scheduler
+        return sampler_table(request.sampler, request.steps, scheduler, request.eta)
 
     def row(self, request: DrawRequest, outfit: Outfit) -> Row:
         """An image before its first step; raises as `check`."""
-        table = self.check(request)
+        table = self.check(request, outfit)
         height, width = (side or self.base.image_size for side in (request.height, request.width))
         factor = self.base.vae_factor
         shape = (self.base.latent_channels, height // factor, width // factor)
