@@ -8,17 +8,22 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from cluster.errors import UserError
 from cluster.registry import Registry
 from cluster.storage import Storage, sha256
 from training.artifact import Identity
+from training.decisive import decisive
 from training.identifier import choose_identifier
 from training.intake import TABLE, Intake, StoredPhotos, read_photos, store_photos
 from training.latents import ImageSet, Shard
+from training.masks import latent_masks
 from training.pipeline import BaseInfo, load_tokenizer, open_base, token_ids
 from training.prior import prior_key
 from training.prompt import TEMPLATE, render_prompt
-from training.recipe import Run, decisive
+from training.recipe import Run
 from training.schedule import trained_scheduler
 from training.shapes import refuse_untrainable
 
@@ -37,6 +42,8 @@ class Prepared:
     """Of the empty prompt and the prompts of the sample grid; empty when it has none."""
     empty_ids: list[int]
     """Of the empty prompt, where captions are dropped; else none."""
+    masks: NDArray[np.float32] | None
+    """[N, h, w], 0 to 1: where each training image counts; `None` is everywhere."""
     photo_names: list[str]
     fingerprint: str
     notes: list[str]
@@ -80,10 +87,15 @@ def prepare(run: Run, storage: Storage) -> Prepared:
     subject_ids, class_ids, _, *sample_ids = token_ids(tokenizer, prompts, base.token_limit).tolist()
     refuse_untrainable(base, run.train)
     trained_scheduler(base.scheduler, run.train.objective)
-    intake = read_photos(run.subject.images, base.image_size)
+    objective = run.train.objective
+    intake = read_photos(run.subject.images, base.image_size, objective.mask)
     _check_holdout(run, intake)
     photos = store_photos(storage, run.subject.name, intake, base.image_size)
     decides = [decisive(run), base.revision, photos.key, subject_ids, class_ids]
+    masks = None
+    if objective.mask != "none":
+        masks = latent_masks(intake, base.image_size, base.vae_factor, run.data)
+        decides.append(sha256(masks.tobytes()))
     if run.train.load_best_at_end:
         decides += [run.checkpoint.every, run.validate_.samples]  # they decide which one is the best
     return Prepared(
@@ -95,6 +107,7 @@ def prepare(run: Run, storage: Storage) -> Prepared:
         class_ids=class_ids,
         sample_ids=sample_ids if samples else [],
         empty_ids=sample_ids[0] if run.train.objective.caption_dropout else [],
+        masks=masks,
         photo_names=[photo.name for photo in intake.photos],
         fingerprint=sha256(json.dumps(decides, sort_keys=True).encode())[:16],
         notes=[*intake.notes, *choice.warnings],

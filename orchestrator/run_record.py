@@ -142,6 +142,7 @@ class RunRecord:
             },
             sample_ids=prepared.sample_ids,
             empty_ids=prepared.empty_ids,
+            masks=prepared.masks,
         )
 
     def register(self, metrics: Mapping[str, float], prior_key: str | None) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from cluster.errors import SystemFailure, UserError
 from training.dataplan import DataPlan, PlanRow, Role
@@ -38,6 +39,8 @@ class Batches:
     """Micro-batches of a step."""
     device: torch.device
     objective: Objective = PLAIN
+    masks: NDArray[np.float32] | None = None
+    """[N, h, w], of the rows of the subject's table."""
 
     @classmethod
     def of(cls, lease: Lease, base: BaseInfo, device: torch.device, rank: int, world: int) -> "Batches":
@@ -81,6 +84,7 @@ class Batches:
             run.train.accumulation,
             device,
             run.train.objective,
+            lease.masks,
         )
 
     def of_step(self, step: int) -> Iterator[PairBatch]:
@@ -123,7 +127,16 @@ class Batches:
             weight=torch.tensor([row.weight for row in rows]),
             sample_index=torch.tensor([row.sample_index for row in rows]),
             shown_noise=shown,
+            mask=self._mask(rows),
         ).to(self.device)
+
+    def _mask(self, rows: Sequence[PlanRow]) -> torch.Tensor | None:
+        """Where rows show what is learnt, float32 [B, 1, h, w]: those of the class everywhere."""
+        if self.masks is None:
+            return None
+        whole = np.ones(self._shape[1:], np.float32)
+        found = [self.masks[row.table_row] if row.role is Role.SUBJECT else whole for row in rows]
+        return torch.from_numpy(np.stack(found))[:, None]
 
     @property
     def _shape(self) -> tuple[int, ...]:

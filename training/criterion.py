@@ -25,11 +25,17 @@ class Criterion:
 
     def __init__(self, objective: Objective, schedule: NoiseSchedule) -> None:
         self._loss = objective.loss
+        self._outside, self.mask_prior = objective.mask_outside, objective.mask_prior
         self._weights = snr_weights(objective, schedule)
         self._widths = huber_widths(objective, schedule)
 
     def row_losses(
-        self, prediction: torch.Tensor, target: torch.Tensor, timesteps: torch.Tensor
+        self,
+        prediction: torch.Tensor,
+        target: torch.Tensor,
+        timesteps: torch.Tensor,
+        mask: torch.Tensor | None = None,
+        taught: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The loss of each row, float32 [B].
 
@@ -37,8 +43,17 @@ class Criterion:
             prediction: The model's output [B, C, H, W], any float dtype.
             target: What it should have been [B, C, H, W], float32.
             timesteps: int64 [B].
+            mask: float32 [B, 1, H, W], 0 to 1: the loss is a mean over what is in it, however little that is.
+            taught: float32 [B, C, H, W], what the base predicts, where `mask_prior` asks for it outside of the mask.
         """
-        losses = self._errors(prediction.float() - target, timesteps).mean(dim=(1, 2, 3))
+        errors = self._errors(prediction.float() - target, timesteps)
+        if mask is None:
+            losses = errors.mean(dim=(1, 2, 3))
+        else:
+            losses = _mean_where(errors, mask + self._outside * (1 - mask))
+            if taught is not None:
+                drift = self._errors(prediction.float() - taught, timesteps)
+                losses = losses + self.mask_prior * _mean_where(drift, 1 - mask)
         return losses if self._weights is None else losses * self._weights.to(losses.device)[timesteps]
 
     def _errors(self, difference: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
@@ -56,6 +71,12 @@ class Criterion:
             (square + width.square()).sqrt() + width
         )  # the root less the width, without cancelling
         return 2 * width * bent if self._loss == "huber" else 2 * bent
+
+
+def _mean_where(errors: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The mean [B] of errors [B, C, H, W] with weights [B, 1, H, W]; 0 where there is none."""
+    area = weight.sum(dim=(1, 2, 3)) * errors.shape[1]
+    return (errors * weight).sum(dim=(1, 2, 3)) / area.clamp(min=1e-6)
 
 
 def snr_weights(objective: Objective, schedule: NoiseSchedule) -> torch.Tensor | None:

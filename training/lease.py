@@ -52,6 +52,8 @@ class Lease:
     """Further keys: `fingerprint` and `prior_key` of the artifact's manifest, `subject_names` of the photos."""
     empty_ids: Sequence[int] = ()
     """Token ids of the empty prompt, where captions are dropped."""
+    masks: NDArray[np.float32] | None = None
+    """[N, h, w], 0 to 1: where each row of the subject's latents counts; `None` is everywhere."""
     sample_ids: Sequence[Sequence[int]] = ()
     """Token ids of the empty prompt and of each of the sample grid; empty where no grid is drawn."""
 

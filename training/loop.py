@@ -139,7 +139,8 @@ def build_module(base: ResidentBase, run: Run, lease: Lease, stage: int) -> Drea
         run.prior.weight,
         compute_type(run.engine, base.device),
         train.objective,
-        Teacher.of(base.unet, base.text_encoder, prompts) if taught else None,
+        Teacher.of(base.unet, base.text_encoder, prompts) if taught or train.objective.mask_prior else None,
+        taught,
     ).train()
     if run.engine.gradient_checkpointing:
         module.recompute_activations()

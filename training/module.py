@@ -36,7 +36,8 @@ class DreamBoothModule(nn.Module):
         prior_weight: Weight of the class term.
         autocast: Compute type of the forward pass; `None` is fp32. Parameters stay fp32.
         objective: Loss and weighting.
-        teacher: Gives the target of the class's rows; `None` is the noise process, as for the subject's.
+        teacher: Says what the base predicts, where the class's rows or what is outside of a mask hold on to that.
+        teaches_class: Whether the class's rows do; else their target is the noise process, as for the subject's.
     """
 
     def __init__(
@@ -49,10 +50,11 @@ class DreamBoothModule(nn.Module):
         autocast: torch.dtype | None = None,
         objective: Objective = Objective(),
         teacher: Teacher | None = None,
+        teaches_class: bool = False,
     ) -> None:
         super().__init__()
         self.criterion = Criterion(objective, schedule)
-        self.teacher = teacher
+        self.teacher, self.teaches_class = teacher, teaches_class
         self.unet = unet
         self.schedule = schedule
         self.prior_weight = prior_weight
@@ -89,19 +91,25 @@ class DreamBoothModule(nn.Module):
             assert text is not None  # cached exactly when there is no encoder
             # each row looks up its own prompt, so neither the order of rows nor of roles can misalign them
             row = (batch.token_ids[:, None] == self.prompts).all(dim=2).int().argmax(dim=1)
-            target = self._target(batch, noisy, row)
+            target, taught = self._targets(batch, noisy, row)
             prediction = predict(self.unet, noisy, batch.timesteps, text[row])
-        losses = self.criterion.row_losses(prediction, target, batch.timesteps)
+        losses = self.criterion.row_losses(prediction, target, batch.timesteps, batch.mask, taught)
         return dreambooth_loss(losses, batch.weight, batch.role, self.prior_weight)
 
-    def _target(self, batch: PairBatch, noisy: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
-        """What each row should come to, float32 [B, C, H, W]."""
+    def _targets(
+        self, batch: PairBatch, noisy: torch.Tensor, prompt: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What each row should come to, float32 [B, C, H, W], and outside of its mask, if that holds on to anything."""
         target = self.schedule.target(batch.latents, batch.noise, batch.timesteps)
         if self.teacher is None:
-            return target
+            return target, None
         of_class = batch.role == Role.CLASS
-        taught = self.teacher(noisy[of_class], batch.timesteps[of_class], prompt[of_class])
-        return target.masked_scatter(of_class.reshape(-1, 1, 1, 1), taught)
+        asked = of_class if not self.criterion.mask_prior else torch.ones_like(of_class)
+        said = self.teacher(noisy[asked], batch.timesteps[asked], prompt[asked])
+        taught = torch.zeros_like(target).masked_scatter(asked.reshape(-1, 1, 1, 1), said)
+        if self.teaches_class:
+            target = torch.where(of_class.reshape(-1, 1, 1, 1), taught, target)
+        return target, taught if self.criterion.mask_prior else None
 
     def computing(self, device: torch.device) -> AbstractContextManager[object]:
         """The context of the forward pass."""

@@ -31,6 +31,8 @@ class PairBatch:
     """int64 [B], what the row was drawn from."""
     shown_noise: torch.Tensor | None = None
     """float32 [B, C, H, W]: what is added in place of `noise`, which is still what is asked for."""
+    mask: torch.Tensor | None = None
+    """float32 [B, 1, H, W], 0 to 1: where the row shows what is learnt."""
 
     def to(self, device: torch.device) -> "PairBatch":
         """The batch on `device`; itself when it is there already."""

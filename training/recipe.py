@@ -160,9 +160,18 @@ class Objective(Section):
     caption_dropout: float = Field(default=0.0, ge=0, lt=1)
     """Share of rows that are trained with the empty prompt, which keeps guidance sharp; 0 is off."""
 
+    mask: Literal["none", "alpha", "files"] = "none"
+    """Where a photo counts: everywhere, where it is opaque, or where `NAME-masklabel.png` beside `NAME` is white."""
+    mask_outside: float = Field(default=0.0, ge=0, le=1)
+    """How much the rest of the photo counts."""
+    mask_prior: float = Field(default=0.0, ge=0, le=100)
+    """Weight of staying what the base predicts there; 0 is off."""
+
     @model_validator(mode="after")
     def _takes_effect(self) -> "Objective":
         owners = {
+            "mask_outside": self.mask != "none",
+            "mask_prior": self.mask != "none",
             "snr_gamma": self.weighting == "min_snr",
             "p2_gamma": self.weighting == "p2",
             "huber_c": self.loss != "mse",
@@ -170,7 +179,7 @@ class Objective(Section):
         }
         for name, used in owners.items():
             if not used and getattr(self, name) != type(self).model_fields[name].default:
-                of = "loss" if name.startswith("huber") else "weighting"
+                of = {"hub": "loss", "mas": "mask"}.get(name[:3], "weighting")
                 raise ValueError(f"`{name}` takes no effect with {of}: {getattr(self, of)}; leave it out")
         return self
 
@@ -313,9 +322,6 @@ class Run(Recipe):
 # Sections whose values change what is trained. The base does by its revision, not by where it lies; where a run
 # happens and what watches it do not.
 TRAINED_SECTIONS = ("prior", "data", "train", "engine")
-# Settings that came after the first release: at its default one is left out of what decides, and so no fingerprint of
-# an earlier run changes.
-LATER = ("prior.target", "train.objective")
 
 DEFAULTS: Mapping[tuple[str, Method], Mapping[str, Any]] = {
     ("sd", "lora"): {},
@@ -372,14 +378,3 @@ def with_defaults(raw: Mapping[str, Any]) -> dict[str, Any]:
         name: d for (owner, name), d in DEFAULTS.items() if owner == family
     }
     return merge(table.get(str(method), {}), raw)
-
-
-def decisive(run: Recipe) -> dict[str, Any]:
-    """What of a recipe decides the tensors, as JSON values; the same as ever for settings that were there ever."""
-    kept: dict[str, Any] = run.model_dump(mode="json", by_alias=True, include=set(TRAINED_SECTIONS))
-    plain = Recipe().model_dump(mode="json", by_alias=True)
-    for path in LATER:
-        section, name = path.split(".")
-        if kept[section][name] == plain[section][name]:
-            del kept[section][name]
-    return kept

@@ -12,7 +12,8 @@ import pytest
 from cluster.errors import UserError
 from cluster.storage import sha256
 from orchestrator.spec import load_run, parse_run, run_schema
-from training.recipe import Run, decisive, with_defaults
+from training.decisive import decisive
+from training.recipe import Run, with_defaults
 
 SUBJECT: dict[str, Any] = {"subject": {"name": "rex", "class": "dog", "images": ["./rex"]}}
 

@@ -167,6 +167,37 @@ def test_the_class_term_may_be_what_the_pristine_base_predicts(
     assert not any("teacher" in name for name in module.state_dict())
 
 
+@pytest.mark.parametrize("target", ["images", "base"])
+def test_masked_rows_hold_on_to_the_base_outside_and_those_of_the_class_have_no_mask(
+    resident: ResidentBase, made: Callable[..., tuple[Lease, Batches]], target: str
+) -> None:
+    wanted = {"mask": "alpha", "mask_prior": 2.0}
+    lease, batches = made(wanted, prior={"target": target, "weight": 0.5})
+    masks = np.zeros((3, 8, 8), np.float32)
+    masks[:, :4] = 1
+    module = build_module(resident, lease.recipe, lease, 0)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.add_(torch.full_like(p, 0.02) if p.requires_grad else 0.0)
+    [batch] = replace(batches, masks=masks).of_step(0)
+    assert batch.mask is not None and batch.mask.shape == (8, 1, 8, 8)
+    assert torch.equal(batch.mask[batch.role == Role.CLASS], torch.ones(4, 1, 8, 8))
+    _, subject, of_class = module(batch)
+    schedule = NoiseSchedule.from_config(resident.info.scheduler)
+    noisy = schedule.add_noise(batch.latents, batch.noise, batch.timesteps)
+    with torch.no_grad():
+        text = encode_text(resident.text_encoder, batch.token_ids)
+        ours = predict(module.unet, noisy, batch.timesteps, text)
+        theirs = predict(resident.unet, noisy, batch.timesteps, text)
+    own, other = batch.role == Role.SUBJECT, batch.role == Role.CLASS
+    inside = (ours - batch.noise)[own][:, :, :4].square().mean()
+    drift = (ours - theirs)[own][:, :, 4:].square().mean()
+    assert float(subject) == pytest.approx(float(inside + 2.0 * drift), rel=1e-4) and float(drift) > 1e-5
+    held = theirs if target == "base" else batch.noise
+    assert float(of_class) == pytest.approx(float((ours - held)[other].square().mean()), rel=1e-4)
+    assert bankable(made(wanted, validate=OFF)[0].recipe, 1) == "train.objective.mask"
+
+
 def test_a_run_with_everything_needs_no_class_images_and_ends(
     make_job: Callable[..., Lease],
     alone: Callable[..., dict[str, Any]],
@@ -177,7 +208,8 @@ def test_a_run_with_everything_needs_no_class_images_and_ends(
     job = make_job(
         "rex", train=train, prior={"target": "base"}, validate={"every": 2, "samples": 2, "prompts": []}
     )
-    job = replace(job, class_latents=[], empty_ids=job.sample_ids[0], sample_ids=())
+    masks = np.ones((3, 8, 8), np.float32)
+    job = replace(job, masks=masks, class_latents=[], empty_ids=job.sample_ids[0], sample_ids=())
     done = alone(job)
     assert done["metrics"]["loss_class"] > 0 and "validation_loss" in done["metrics"]
     with open_artifact(storage, "rex", "v1") as artifact:

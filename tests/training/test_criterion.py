@@ -112,3 +112,35 @@ def test_huber_is_the_square_where_it_is_small_and_lets_go_where_it_is_large() -
     assert difference.grad is not None and difference.grad[1] == pytest.approx(
         0.2, rel=1e-3
     )  # 2 c, and not 20
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda v: "-".join(map(str, v.values())) or "mse")
+@pytest.mark.parametrize("weighting", WEIGHTINGS[:2], ids=["none", "min_snr"])
+@pytest.mark.parametrize("outside", [0.0, 0.25])
+@pytest.mark.parametrize("prior", [0.0, 0.5])
+def test_a_masked_row_is_the_loss_of_what_is_in_the_mask_and_of_drifting_outside(
+    prior: float, outside: float, weighting: dict[str, Any], loss: dict[str, Any], prediction: str
+) -> None:
+    objective = Objective(**weighting, **loss, mask="alpha", mask_outside=outside, mask_prior=prior)
+    schedule = NoiseSchedule.from_config({**SCHEDULER, "prediction_type": prediction})
+    criterion, t = Criterion(objective, schedule), torch.tensor([300, 700])
+    output, target, base = torch.randn(3, 2, 2, 2, 2, generator=torch.Generator().manual_seed(1)).unbind(0)
+    mask = torch.tensor([[[1.0, 0.0], [0.0, 0.0]], [[1.0, 1.0], [1.0, 1.0]]])[:, None]
+    losses = criterion.row_losses(output, target, t, mask, base if prior else None)
+    plain = criterion.row_losses(output, target, t)
+    for i, step in enumerate(t.tolist()):
+        alpha, inside, drift = float(schedule.alphas_cumprod[step]), 0.0, 0.0
+        parts = [(c, y, x) for c in range(2) for y in range(2) for x in range(2)]
+        weights = {p: float(mask[i, 0, p[1], p[2]]) for p in parts}
+        for p, m in weights.items():
+            at = (objective, prediction, alpha, step, [float(output[i][p])])
+            inside += (m + outside * (1 - m)) * by_hand(*at, [float(target[i][p])])
+            drift += (1 - m) * by_hand(*at, [float(base[i][p])])
+        area, rest = (
+            sum(m + outside * (1 - m) for m in weights.values()),
+            sum(1 - m for m in weights.values()),
+        )
+        expected = inside / area + (prior * drift / rest if rest else 0.0)
+        assert float(losses[i]) == pytest.approx(expected, rel=1e-4)
+    assert float(losses[1]) == pytest.approx(float(plain[1]), rel=1e-6)  # a mask of everything is none

@@ -1,0 +1,20 @@
+"""This file is where it is told what of a recipe decides the tensors: the part that a run's fingerprint is made of."""
+
+from typing import Any
+
+from training.recipe import TRAINED_SECTIONS, Recipe
+
+# Settings that came after the first release: at its default one is left out of what decides, and so no fingerprint of
+# an earlier run changes.
+LATER = ("prior.target", "train.objective")
+
+
+def decisive(run: Recipe) -> dict[str, Any]:
+    """What of a recipe decides the tensors, as JSON values; the same as ever for settings that were there ever."""
+    kept: dict[str, Any] = run.model_dump(mode="json", by_alias=True, include=set(TRAINED_SECTIONS))
+    plain = Recipe().model_dump(mode="json", by_alias=True)
+    for path in LATER:
+        section, name = path.split(".")
+        if kept[section][name] == plain[section][name]:
+            del kept[section][name]
+    return kept
