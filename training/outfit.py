@@ -15,6 +15,7 @@ from torch import nn
 from cluster.errors import SystemFailure, UserError
 from training.lora import FILE as LORA_FILE
 from training.lora import LayerFactors, read_lora
+from training.lora_algebra import merged
 from training.pipeline import BaseInfo, read_weights
 from training.recipe import Objective
 from training.row_linear import Adapter, Factors
@@ -107,7 +108,7 @@ def _of_lora(models: Models, pristine: Weights, folder: Path) -> Outfit:
                 adapters[part][name] = Factors.of(factors.a, factors.b, factors.scale)
             else:
                 weight = f"{part}.{name}.weight"
-                weights[weight] = _merged(pristine[weight].cpu(), factors)
+                weights[weight] = merged(pristine[weight].cpu(), factors)
     return Outfit(adapters["unet"], adapters["text_encoder"], weights)
 
 
@@ -125,9 +126,3 @@ def _check(module: nn.Module | None, factors: LayerFactors, name: str, folder: P
             f"{folder / LORA_FILE} does not fit the base",
             f"{name}: A {tuple(factors.a.shape)} and B {tuple(factors.b.shape)} for {there}",
         )
-
-
-def _merged(weight: torch.Tensor, factors: LayerFactors) -> torch.Tensor:
-    """The weight of a convolution with its adapter in it."""
-    change = torch.einsum("or,r...->o...", factors.b.flatten(1), factors.a)
-    return weight + factors.scale * change

@@ -272,6 +272,11 @@ def save_pipeline(base: BaseInfo, unet: nn.Module, text_encoder: nn.Module, fold
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
+def part_settings(base: BaseInfo, part: str) -> dict[str, Any]:
+    """The config of a part of a base, such as `unet`."""
+    return read_json(base.path / part / "config.json", base.model)
+
+
 def write_scheduler(folder: Path, scheduler: Mapping[str, Any]) -> None:
     """Give a written pipeline another scheduler config; the class is one that knows all of its keys."""
     path = folder / "scheduler" / "scheduler_config.json"
