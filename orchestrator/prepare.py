@@ -15,6 +15,7 @@ from cluster.errors import UserError
 from cluster.registry import Registry
 from cluster.storage import Storage, sha256
 from training.artifact import Identity
+from training.captions import SUFFIX, read_captions
 from training.decisive import decisive
 from training.identifier import choose_identifier
 from training.intake import TABLE, Intake, StoredPhotos, read_photos, store_photos
@@ -42,6 +43,8 @@ class Prepared:
     """Of the empty prompt and the prompts of the sample grid; empty when it has none."""
     empty_ids: list[int]
     """Of the empty prompt, where captions are dropped; else none."""
+    caption_ids: list[list[int]]
+    """Of the photos' own prompts, in order, or of `train.templates`; empty where all share one."""
     masks: NDArray[np.float32] | None
     """[N, h, w], 0 to 1: where each training image counts; `None` is everywhere."""
     photo_names: list[str]
@@ -90,8 +93,17 @@ def prepare(run: Run, storage: Storage) -> Prepared:
     objective = run.train.objective
     intake = read_photos(run.subject.images, base.image_size, objective.mask)
     _check_holdout(run, intake)
+    captions, notes = list(run.train.templates), list(intake.notes)
+    if run.train.captions == "files":
+        names = [photo.name for photo in intake.photos]
+        captions, untold = read_captions(run.subject.images, names, run.train.prompt)
+        notes = [note for note in notes if not _is_caption(note)] + untold
+    texts = [render_prompt(caption, noun, choice.identifier) for caption in captions]
+    caption_ids = token_ids(tokenizer, texts, base.token_limit).tolist() if texts else []
     photos = store_photos(storage, run.subject.name, intake, base.image_size)
     decides = [decisive(run), base.revision, photos.key, subject_ids, class_ids]
+    if caption_ids:
+        decides.append(caption_ids)
     masks = None
     if objective.mask != "none":
         masks = latent_masks(intake, base.image_size, base.vae_factor, run.data)
@@ -107,11 +119,16 @@ def prepare(run: Run, storage: Storage) -> Prepared:
         class_ids=class_ids,
         sample_ids=sample_ids if samples else [],
         empty_ids=sample_ids[0] if run.train.objective.caption_dropout else [],
+        caption_ids=caption_ids,
         masks=masks,
         photo_names=[photo.name for photo in intake.photos],
         fingerprint=sha256(json.dumps(decides, sort_keys=True).encode())[:16],
-        notes=[*intake.notes, *choice.warnings],
+        notes=[*notes, *choice.warnings],
     )
+
+
+def _is_caption(note: str) -> bool:
+    return note.startswith("skipped ") and note.partition(":")[0].endswith(SUFFIX)
 
 
 def _check_holdout(run: Run, intake: Intake) -> None:

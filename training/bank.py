@@ -25,8 +25,6 @@ from training.pipeline import encode_text, predict
 from training.recipe import Run
 from training.schedule import NoiseSchedule, trained_scheduler
 
-PROMPTS = 3  # that rows of a run may carry: the subject's, the class's, and the empty one
-
 
 @dataclass(frozen=True)
 class BankLosses:
@@ -77,13 +75,19 @@ class Bank(nn.Module):
         self._prior_weights = torch.ones(slots, device=device)
 
     def take(self, slot: int, run: Run, prompts: Sequence[Sequence[int]]) -> None:
-        """Have a slot train a run, whose prompts [1 to 3, L] are encoded once; its adapters are not touched."""
+        """Have a slot train a run, whose prompts [K, L] are encoded once; its adapters are not touched."""
         ids = torch.tensor(prompts, device=self._scales.device)
         with torch.no_grad():
             encoded = encode_text(self._text_encoder, ids)
         if self._text is None:
-            self._text = encoded.new_zeros(self._slots, PROMPTS, *encoded.shape[1:])
-            self._prompts = ids.new_full((self._slots, PROMPTS, ids.shape[1]), -1)
+            self._text = encoded.new_zeros(self._slots, 0, *encoded.shape[1:])
+            self._prompts = ids.new_full((self._slots, 0, ids.shape[1]), -1)
+        if (
+            more := len(ids) - self._prompts.shape[1]
+        ) > 0:  # runs may have captions of their own, as many as photos
+            self._text = torch.cat([self._text, encoded.new_zeros(self._slots, more, *encoded.shape[1:])], 1)
+            nothing = ids.new_full((self._slots, more, ids.shape[1]), -1)
+            self._prompts = torch.cat([self._prompts, nothing], 1)
         self._text[slot, : len(encoded)], self._prompts[slot, : len(ids)] = encoded, ids
         self._prior_weights[slot] = run.prior.weight or 1.0
         self._scales[slot] = run.train.lora.alpha / run.train.lora.rank

@@ -31,7 +31,7 @@ class Batches:
     tables: Sequence[LatentTable | None]
     """Of the subject and of the class."""
     token_ids: torch.Tensor
-    """int64 [K, L], of the subject's and the class's prompt, by role; last the empty one, if captions are dropped."""
+    """int64 [K, L], the lease's `prompts`."""
     scaling_factor: float
     rank: int
     world: int
@@ -39,6 +39,10 @@ class Batches:
     """Micro-batches of a step."""
     device: torch.device
     objective: Objective = PLAIN
+    captions: Sequence[int] = ()
+    """Of each row of the subject's table, the number of its own prompt in `token_ids`; empty where all share one."""
+    templates: int = 0
+    """How many further prompts the subject has, the first of them after the class's."""
     masks: NDArray[np.float32] | None = None
     """[N, h, w], of the rows of the subject's table."""
 
@@ -84,6 +88,11 @@ class Batches:
             run.train.accumulation,
             device,
             run.train.objective,
+            [
+                len(Role) + row // run.data.images_per_photo
+                for row in range(len(subject) if run.train.captions == "files" else 0)
+            ],
+            len(run.train.templates),
             lease.masks,
         )
 
@@ -114,10 +123,7 @@ class Batches:
         if wanted.input_perturbation:
             more = np.stack([plan.perturbation(row.sample_index, self._shape) for row in rows])
             shown = torch.from_numpy(noise + np.float32(wanted.input_perturbation) * more)
-        prompt = role
-        if wanted.caption_dropout:
-            dropped = [plan.drops_caption(row.sample_index, wanted.caption_dropout) for row in rows]
-            prompt = role.masked_fill(torch.tensor(dropped), len(self.token_ids) - 1)
+        prompt = torch.tensor([self._prompt(row, plain) for row in rows])
         return PairBatch(
             latents=torch.from_numpy(np.stack([self._latent(row) for row in rows])),
             noise=torch.from_numpy(noise),
@@ -129,6 +135,18 @@ class Batches:
             shown_noise=shown,
             mask=self._mask(rows),
         ).to(self.device)
+
+    def _prompt(self, row: PlanRow, plain: bool) -> int:
+        """The number of a row's prompt in `token_ids`."""
+        dropout = self.objective.caption_dropout
+        if dropout and not plain and self.plan.drops_caption(row.sample_index, dropout):
+            return len(self.token_ids) - 1
+        if row.role is Role.SUBJECT and self.captions:
+            return self.captions[row.table_row]
+        if row.role is Role.SUBJECT and self.templates and not plain:
+            choice = self.plan.template(row.sample_index, 1 + self.templates)
+            return len(Role) + choice - 1 if choice else int(Role.SUBJECT)
+        return int(row.role)
 
     def _mask(self, rows: Sequence[PlanRow]) -> torch.Tensor | None:
         """Where rows show what is learnt, float32 [B, 1, h, w]: those of the class everywhere."""

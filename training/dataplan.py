@@ -39,6 +39,7 @@ class _Stream(IntEnum):
     OFFSET = 5
     PERTURBATION = 6
     CAPTION = 7
+    TEMPLATE = 8
 
 
 @dataclass(frozen=True)
@@ -162,6 +163,10 @@ class DataPlan:
     def drops_caption(self, sample_index: int, rate: float) -> bool:
         """Whether a sample is trained with the empty prompt."""
         return bool(_generator(self.seed, _Stream.CAPTION, sample_index).random() < rate)
+
+    def template(self, sample_index: int, count: int) -> int:
+        """Which of `count` prompts a sample is trained with."""
+        return int(_generator(self.seed, _Stream.TEMPLATE, sample_index).integers(count))
 
     def _normal(self, stream: _Stream, sample_index: int, shape: tuple[int, ...]) -> Array:
         return _generator(self.seed, stream, sample_index).standard_normal(shape, dtype=np.float32)

@@ -50,6 +50,8 @@ class Lease:
     """Identifier, class noun, template, token ids: travels in the artifact."""
     meta: Mapping[str, Any] = field(default_factory=dict)
     """Further keys: `fingerprint` and `prior_key` of the artifact's manifest, `subject_names` of the photos."""
+    caption_ids: Sequence[Sequence[int]] = ()
+    """Token ids of the photos' own prompts, in order, or of `train.templates`; empty where all share one."""
     empty_ids: Sequence[int] = ()
     """Token ids of the empty prompt, where captions are dropped."""
     masks: NDArray[np.float32] | None = None
@@ -69,8 +71,9 @@ class Lease:
 
     @property
     def prompts(self) -> list[list[int]]:
-        """Token ids of the prompts that rows carry, by role; last the empty one, where captions are dropped."""
-        return [list(ids) for ids in (self.subject_ids, self.class_ids, self.empty_ids) if ids]
+        """Token ids of the prompts that rows carry: by role, captions or templates, last the empty one."""
+        every = (self.subject_ids, self.class_ids, *self.caption_ids, self.empty_ids)
+        return [list(ids) for ids in every if ids]
 
     def image_name(self, row: int) -> str:
         """The photo that a row of the subject's latent table was made of, by name, else by number."""

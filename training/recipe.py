@@ -215,6 +215,11 @@ class Train(Section):
     """Seed of the order of images, the noise and the timesteps."""
     prompt: str = "a photo of {subject}"
     """Prompt of the subject's photos; `{subject}` becomes article, identifier and class noun."""
+    templates: tuple[str, ...] = Field(default=(), max_length=100)
+    """Prompts that are used besides `prompt`, each sample with one of them."""
+    captions: Literal["none", "files"] = "none"
+    """Whether each photo has a prompt of its own: `NAME.txt` beside `NAME.jpg`. One that does not say `{subject}`
+    follows `prompt`."""
     text_encoder: TextEncoder = TextEncoder()
     """The text encoder's part."""
     lora: Lora = Lora()

@@ -94,3 +94,25 @@ def test_what_is_transparent_may_be_left_out(prepared: Callable[..., Prepared], 
     Image.fromarray(pixels, "RGBA").save(tmp_path / "rex" / "2.png")
     with pytest.raises(UserError, match=r"mask of 2\.png is empty"):
         prepared("train.objective.mask=alpha")
+
+
+def test_photos_may_have_captions_of_their_own(prepared: Callable[..., Prepared], tmp_path: Path) -> None:
+    plain = prepared()
+    assert plain.caption_ids == []
+    with pytest.raises(UserError, match="no photo has a caption"):
+        prepared("train.captions=files")
+    (tmp_path / "rex" / "0.txt").write_text("asleep on a sofa\n")
+    (tmp_path / "rex" / "1.txt").write_text("{subject} in  snow")
+    assert any("skipped 0.txt" in note for note in prepared().notes)
+    run = prepared("train.captions=files")
+    assert run.notes[0] == "2.png has no caption, so it has the prompt that all share"
+    assert len(run.caption_ids) == 3 and run.caption_ids[2] == run.subject_ids
+    assert run.fingerprint != plain.fingerprint
+    (tmp_path / "rex" / "1.txt").write_text("{subject} in rain")
+    assert prepared("train.captions=files").fingerprint != run.fingerprint
+    (tmp_path / "rex" / "1.txt").write_text("{breed} in rain")
+    with pytest.raises(UserError):
+        prepared("train.captions=files")
+    with pytest.raises(UserError, match=r"train\.templates takes no effect"):
+        prepared("train.captions=files", "train.templates=['{subject}']")
+    assert len(prepared("train.templates=['{subject}', 'my {subject}']").caption_ids) == 2

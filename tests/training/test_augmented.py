@@ -254,3 +254,48 @@ def test_what_was_trained_down_to_no_signal_is_drawn_from_there_by_us_and_by_sto
     ).images[0]
     apart = np.abs(studio.pixels(row.x).astype(int) - (drawn * 255).round().astype(int))
     assert apart.max() <= 1 and (apart > 0).mean() <= 0.01
+
+
+def test_a_photos_own_caption_goes_with_each_of_its_images(
+    resident: ResidentBase, make_lease: Callable[..., Lease], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("training.lease.fetch", list)
+    texts = ["a zwx dog, asleep", "a zwx dog, in snow"]
+    ids = token_ids(load_tokenizer(resident.info), texts, resident.info.token_limit).tolist()
+    data, train = {"flip": True}, {**LORA, "captions": "files"}
+    lease = make_lease(resident, train=train, data=data)
+    blocks = [{"mean": t.mean, "std": t.std} for t in (table(1, 4), table(2, 5))]
+    lease = replace(lease, caption_ids=ids, subject_latents=blocks[:1], class_latents=blocks[1:])
+    batches = Batches.of(lease, resident.info, torch.device("cpu"), 0, 1)
+    for batch in (*batches.of_step(0), *batches.of_validation(4)):
+        plan = batches.plan.rows(0, 0, 1) if len(batch.role) == 8 and int(batch.sample_index[0]) < 8 else None
+        for i, row in enumerate(plan or []):
+            expected = ids[row.table_row // 2] if row.role is Role.SUBJECT else list(lease.class_ids)
+            assert batch.token_ids[i].tolist() == expected
+    assert {tuple(row) for row in batch.token_ids.tolist()} == {*map(tuple, ids), tuple(lease.class_ids)}
+
+
+def test_templates_take_turns_at_random_and_alike_in_a_bank(
+    resident: ResidentBase, made: Callable[..., tuple[Lease, Batches]]
+) -> None:
+    texts = ["a zwx dog", "the photo of a zwx dog"]
+    ids = token_ids(load_tokenizer(resident.info), texts, resident.info.token_limit).tolist()
+    lease, batches = made({}, train={"templates": ["{subject}", "the photo of {subject}"]})
+    lease = replace(lease, caption_ids=ids)
+    batches = replace(batches, token_ids=torch.tensor(lease.prompts), templates=2)
+    seen: dict[tuple[int, ...], int] = {}
+    for step in range(12):
+        [batch] = batches.of_step(step)
+        for role, row in zip(batch.role.tolist(), batch.token_ids.tolist(), strict=True):
+            assert role == Role.SUBJECT or row == list(lease.class_ids)
+            if role == Role.SUBJECT:
+                seen[tuple(row)] = seen.get(tuple(row), 0) + 1
+    assert seen.keys() == {tuple(lease.subject_ids), *map(tuple, ids)} and min(seen.values()) > 5
+    module = build_module(resident, lease.recipe, lease, 0)
+    bank = Bank(resident, lease.recipe, 2)
+    other, [rows] = made({})[0], batches.of_step(0)
+    for slot, taken in enumerate((other, lease)):
+        bank.take(slot, taken.recipe, taken.prompts)
+        bank.adapters.start(slot, taken.recipe.train.seed)
+    losses = bank(stack([None, rows], 8))
+    assert float(losses.loss[1].detach()) == pytest.approx(float(module(rows)[0].detach()), rel=1e-5)
