@@ -21,6 +21,7 @@ from PIL.WebPImagePlugin import WebPImageFile
 from cluster.errors import SystemFailure, UserError
 from cluster.source import Entry, entries, find, read
 from cluster.storage import Storage, sha256, sha256_file
+from training.likeness import look_alikes
 from training.masks import Mask, is_mask, mask_beside, mask_of_alpha
 from training.recipe import ABOUT, Data
 
@@ -109,6 +110,7 @@ def read_photos(paths: Sequence[str], image_size: int, mask: Mask = "none") -> I
                 "their pixels are the same, and a photo seen twice as often is learned by heart",
                 "remove one of them",
             )
+    notes += look_alikes([photo.name for photo in photos], [photo.png for photo in photos])
     return Intake(photos, notes)
 
 
@@ -257,11 +259,24 @@ def crops(png: bytes, image_size: int, data: Data) -> list[NDArray[np.uint8]]:
     only = {"start": 0, "center": spare // 2, "end": spare}[data.crop]
     offsets = [only] if data.variants == 1 else np.linspace(0, spare, data.variants).round().astype(int)
     out = []
-    for offset in offsets:
+    for number, offset in enumerate(offsets):
         rows, columns = (
             slice(offset, offset + image_size) if side > image_size else slice(0, image_size)
             for side in pixels.shape[:2]
         )
         square = pixels[rows, columns]
+        if data.color and number and square.ndim == 3:
+            square = _recoloured(square, data.color, number)
         out += [square, square[:, ::-1]] if data.flip else [square]
     return out
+
+
+def _recoloured(pixels: NDArray[np.uint8], strength: float, number: int) -> NDArray[np.uint8]:
+    """Variant `number` [S, S, 3]: brightness, contrast and saturation differ, each by up to `strength`."""
+    factors = np.random.Generator(np.random.Philox(key=number)).uniform(1 - strength, 1 + strength, 3)
+    bright, contrast, saturation = factors.astype(np.float32)
+    out = pixels.astype(np.float32) * bright
+    out = (out - out.mean()) * contrast + out.mean()
+    grey = (0.299 * out[..., 0] + 0.587 * out[..., 1] + 0.114 * out[..., 2])[..., None]
+    recoloured: NDArray[np.uint8] = ((out - grey) * saturation + grey).round().clip(0, 255).astype(np.uint8)
+    return recoloured

@@ -103,9 +103,18 @@ class Data(Section):
     """Also train on mirrored images. Off: text, logos and faces are not symmetric."""
     crop: Literal["center", "start", "end"] = "center"
     """Which square of a photo that is not square is used when `variants` is 1."""
+    color: float = Field(default=0.0, ge=0, le=0.5)
+    """How much brightness, contrast and saturation of the variants differ; the first stays as it is. Off: a subject's
+    colours are its own."""
     holdout: int = Field(default=0, ge=0, le=1000)
     """Photos kept from training, the last ones in order: the validation loss is theirs. 0 takes it on the photos that
     are trained, with noise that is not."""
+
+    @model_validator(mode="after")
+    def _takes_effect(self) -> "Data":
+        if self.color and self.variants == 1:
+            raise ValueError("`color` takes no effect with variants: 1; set variants, or leave it out")
+        return self
 
     @property
     def images_per_photo(self) -> int:
