@@ -200,6 +200,12 @@ def _write_lora(
         rank = max(f.a.shape[0] for layers in adapters.values() for f in layers.values())
         write_adapters(named, target, Lora(rank=rank, alpha=float(rank)))
         return
+    if any(f.magnitude is not None for layers in adapters.values() for f in layers.values()):
+        raise UserError(
+            "a DoRA is not written in kohya's names",
+            "train.lora.dora is true",
+            "use --format single-file, which has it merged, or --format diffusers",
+        )
     tensors, metadata = to_kohya(adapters)
     manifest: Mapping[str, Any] = artifact.manifest
     told = {

@@ -48,6 +48,13 @@ def parse_run(raw: Mapping[str, Any]) -> Run:
             "train.method is full, which trains the weights themselves",
             "remove train.lora, or set train.method: lora",
         )
+    text = run.train.text_encoder
+    if text.stop_after is not None and not (text.train and text.stop_after < run.train.steps):
+        raise UserError(
+            "train.text_encoder.stop_after takes no effect",
+            "the text encoder is not trained" if not text.train else f"there are {run.train.steps} steps",
+            "leave it out, or set train.text_encoder.train: true and fewer steps",
+        )
     _check_prompts(run)
     _check_accumulation(run)
     _check_workers(run)

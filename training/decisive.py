@@ -6,7 +6,15 @@ from training.recipe import TRAINED_SECTIONS, Recipe
 
 # Settings that came after the first release: at its default one is left out of what decides, and so no fingerprint of
 # an earlier run changes.
-LATER = ("prior.target", "data.color", "train.objective", "train.templates", "train.captions")
+LATER = (
+    "prior.target",
+    "data.color",
+    "train.lora.dora",
+    "train.text_encoder.stop_after",
+    "train.objective",
+    "train.templates",
+    "train.captions",
+)
 
 
 def decisive(run: Recipe) -> dict[str, Any]:
@@ -14,7 +22,10 @@ def decisive(run: Recipe) -> dict[str, Any]:
     kept: dict[str, Any] = run.model_dump(mode="json", by_alias=True, include=set(TRAINED_SECTIONS))
     plain = Recipe().model_dump(mode="json", by_alias=True)
     for path in LATER:
-        section, name = path.split(".")
-        if kept[section][name] == plain[section][name]:
-            del kept[section][name]
+        *sections, name = path.split(".")
+        ours, theirs = kept, plain
+        for section in sections:
+            ours, theirs = ours[section], theirs[section]
+        if ours[name] == theirs[name]:
+            del ours[name]
     return kept

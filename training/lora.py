@@ -24,6 +24,11 @@ if TYPE_CHECKING:
 
 ADAPTER = "default"
 FILE = "pytorch_lora_weights.safetensors"  # what diffusers' load_lora_weights looks for
+_FACTORS = {
+    "A": "lora_A",
+    "B": "lora_B",
+    "M": "lora_magnitude_vector",
+}  # as they are called in files and by PEFT
 _METADATA = "lora_adapter_metadata"  # the key under which diffusers keeps rank, alpha and targets
 
 
@@ -59,7 +64,11 @@ def save_lora(unet: nn.Module, text_encoder: nn.Module | None, folder: Path, lor
     parts = {"unet": unet} | ({} if text_encoder is None else {"text_encoder": text_encoder})
     adapters = {
         prefix: {
-            name: {factor: getattr(layer, f"lora_{factor}")[ADAPTER].weight for factor in "AB"}
+            name: {
+                factor: modules[ADAPTER].weight
+                for factor, module in _FACTORS.items()
+                if ADAPTER in (modules := getattr(layer, module))
+            }
             for name, layer in _layers(model)
         }
         for prefix, model in parts.items()
@@ -70,16 +79,17 @@ def save_lora(unet: nn.Module, text_encoder: nn.Module | None, folder: Path, lor
 def write_adapters(
     adapters: Mapping[str, Mapping[str, Mapping[str, torch.Tensor]]], folder: Path, lora: Lora
 ) -> None:
-    """Write adapters as `save_lora` does: by model (`unet`, `text_encoder`), layer and factor (`A`, `B`)."""
+    """Write adapters as `save_lora` does: by model (`unet`, `text_encoder`), layer and factor (`A`, `B`, DoRA's `M`)."""
     tensors: dict[str, torch.Tensor] = {}
     metadata: dict[str, Any] = {}
     for prefix, layers in adapters.items():
         for name, factors in layers.items():
             for factor, weight in factors.items():
-                key = f"{prefix}.{name}.lora_{factor}.weight"
+                key = f"{prefix}.{name}.{_FACTORS[factor]}" + ("" if factor == "M" else ".weight")
                 tensors[key] = weight.detach().float().cpu().contiguous()
         if layers:
-            config = {"r": lora.rank, "lora_alpha": lora.alpha, "target_modules": sorted(layers)}
+            config: dict[str, Any] = {"r": lora.rank, "lora_alpha": lora.alpha}
+            config |= {"target_modules": sorted(layers)} | ({"use_dora": True} if lora.dora else {})
             metadata |= {f"{prefix}.{key}": value for key, value in config.items()}
     folder.mkdir(parents=True, exist_ok=True)
     # one key: safetensors writes several in any order, and the same adapters should be the same bytes
@@ -117,6 +127,8 @@ class LayerFactors:
     """[d_out, rank], of a convolution [C_out, rank, 1, 1]."""
     scale: float
     """What B A is multiplied with: alpha / rank."""
+    magnitude: torch.Tensor | None = None
+    """Of DoRA: what the length of each row of the weight becomes, [d_out], of a convolution [1, C_out, 1, 1]."""
 
 
 def read_lora(folder: Path) -> dict[str, dict[str, LayerFactors]]:
@@ -141,6 +153,7 @@ def read_lora(folder: Path) -> dict[str, dict[str, LayerFactors]]:
                     a=tensors.pop(f"{prefix}.{layer}.lora_A.weight"),
                     b=tensors.pop(f"{prefix}.{layer}.lora_B.weight"),
                     scale=scale,
+                    magnitude=tensors.pop(f"{prefix}.{layer}.{_FACTORS['M']}", None),
                 )
                 for layer in layers
             }
@@ -162,7 +175,7 @@ def _attach(
                 f"{setting} names {target!r}", f"no module of the {prefix} ends so", "leave it out"
             )
     try:
-        _inject(model, lora.rank, lora.alpha, list(targets))
+        _inject(model, lora, list(targets))
     except ValueError as error:
         raise UserError(
             f"{setting} cannot be adapted", str(error).splitlines()[0], "name linear layers"
@@ -173,14 +186,14 @@ def _attach(
             weight.data.copy_(fresh_a(seed, f"{prefix}.{name}", weight.shape))
 
 
-def _inject(model: nn.Module, rank: int, alpha: float, targets: list[str]) -> None:
+def _inject(model: nn.Module, lora: Lora, targets: list[str]) -> None:
     """Adapters named `ADAPTER`, of which only B (zero) has its value yet; torch's own random state is kept."""
     from peft import (
         LoraConfig,
         inject_adapter_in_model,
     )  # a bank has layers of its own and pays for none of it
 
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets)
+    config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets, use_dora=lora.dora)
     with torch.random.fork_rng(devices=[]):
         inject_adapter_in_model(config, model, adapter_name=ADAPTER)
 

@@ -12,7 +12,12 @@ from training.lora import LayerFactors
 def merged(weight: torch.Tensor, factors: LayerFactors) -> torch.Tensor:
     """A weight of a linear layer or a convolution with its adapter in it, in the weight's type and shape."""
     change = torch.einsum("or,r...->o...", factors.b.flatten(1), factors.a)
-    return weight + factors.scale * change
+    whole: torch.Tensor = weight + factors.scale * change
+    if factors.magnitude is None:
+        return whole
+    # DoRA (arXiv 2402.09353) eq. 5: the direction of each row, at a length of its own
+    length: torch.Tensor = torch.linalg.vector_norm(whole.flatten(1), dim=1)
+    return whole * (factors.magnitude.flatten() / length).reshape(-1, *[1] * (whole.dim() - 1))
 
 
 def merge(

@@ -1,7 +1,8 @@
 """This file is where an artifact becomes what a row wears while it is drawn: adapters, or weights of its own.
 
 Adapters of linear layers are worn row by row, many subjects in one forward pass. Everything else (a `full` artifact,
-an adapted convolution) is weights that a forward pass has for all of its rows, kept as what differs from the base.
+an adapted convolution, DoRA) is weights that a forward pass has for all of its rows, kept as what differs from the
+base.
 """
 
 from collections.abc import Mapping
@@ -104,7 +105,7 @@ def _of_lora(models: Models, pristine: Weights, folder: Path) -> Outfit:
         for name, factors in layers.items():
             module = modules.get(name)
             _check(module, factors, f"{part}.{name}", folder)
-            if len(factors.a.shape) == 2:
+            if len(factors.a.shape) == 2 and factors.magnitude is None:
                 adapters[part][name] = Factors.of(factors.a, factors.b, factors.scale)
             else:
                 weight = f"{part}.{name}.weight"

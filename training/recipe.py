@@ -129,6 +129,8 @@ class TextEncoder(Section):
     """Train it too: its LoRA with method `lora`, all of it with `full`."""
     lr: float = Field(default=5e-6, gt=0, le=1.0)
     """Its own learning rate."""
+    stop_after: int | None = Field(default=None, ge=1)
+    """Step after which it stays as it is; `null` trains it to the end."""
 
 
 class Lora(Section):
@@ -140,6 +142,8 @@ class Lora(Section):
     """Scale: the update is alpha / rank * B A."""
     targets: tuple[str, ...] = ATTENTION
     """UNet modules that get an adapter, by the end of their name."""
+    dora: bool = False
+    """DoRA: the length of each row of a weight is trained apart from its direction, which the factors change."""
     text_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "out_proj")
     """Text encoder modules that get an adapter when it is trained."""
 

@@ -129,6 +129,8 @@ def test_who_may_share_a_bank(made: Callable[..., tuple[Lease, Batches]]) -> Non
     plain, other = (made(o, validate=OFF)[0].recipe for o in ({}, {"weighting": "p2"}))
     assert bankable(other, 1) is None and bank_key(plain, "r") != bank_key(other, "r")
     taught = made({}, prior={"target": "base"}, validate=OFF)[0].recipe
+    lengths = made({}, train={"lora": {"dora": True}}, validate=OFF)[0].recipe
+    assert bankable(lengths, 1) == "train.lora.dora"
     assert bankable(taught, 1) == "prior.target" and bank_key(taught, "r") is None
 
 

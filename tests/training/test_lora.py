@@ -9,6 +9,7 @@ from torch import nn
 
 from cluster.errors import SystemFailure, UserError
 from training.lora import FILE, attach, read_lora, save_lora
+from training.lora_algebra import merge
 from training.pipeline import load_text_encoder, load_unet, open_base, predict
 from training.recipe import Lora
 
@@ -74,6 +75,28 @@ def test_what_is_saved_comes_back(tiny_base: Path, tmp_path: Path, train_text: b
             n: p.tolist() for n, p in written.items()
         }
         assert {factors.scale for factors in found.get(part, {}).values()} <= {0.5}
+
+
+def test_dora_trains_lengths_too_and_comes_back_as_what_was_computed(tiny_base: Path, tmp_path: Path) -> None:
+    unet, text_encoder = models(tiny_base)
+    pristine = {name: p.clone() for name, p in unet.named_parameters()}
+    before, lora = output(unet), Lora(rank=4, alpha=2.0, dora=True, targets=("to_q", "conv1"))
+    attach(unet, text_encoder, lora, train_text=False, seed=3)
+    assert torch.allclose(output(unet), before, atol=1e-5)
+    assert sum("magnitude" in name for name, p in unet.named_parameters() if p.requires_grad) > 2
+    for name, p in adapters(unet).items():
+        if "magnitude" in name:
+            p.data.mul_(1.3)
+        else:
+            nn.init.normal_(p, std=0.2)
+    trained = output(unet)
+    save_lora(unet, None, tmp_path, lora)
+    weights = merge({f"unet.{name}": p for name, p in pristine.items()}, read_lora(tmp_path))
+    fresh, _ = models(tiny_base)
+    fresh.load_state_dict({name.removeprefix("unet."): p for name, p in weights.items()})
+    assert torch.allclose(output(fresh), trained, atol=1e-4) and not torch.allclose(
+        trained, before, atol=1e-2
+    )
 
 
 def test_a_target_that_names_nothing_is_refused(tiny_base: Path) -> None:

@@ -55,6 +55,7 @@ def artifacts(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
         "text": {"method": "lora", "lora": {"rank": 4}, "text_encoder": {"train": True}},
         "conv": {"method": "lora", "lora": {"rank": 4, "targets": ["to_q", "conv1"]}},
         "full": {"method": "full"},
+        "dora": {"method": "lora", "lora": {"rank": 4, "targets": ["to_q", "conv1"], "dora": True}},
     }
     return {
         name: write(tiny_base, root / name, seed, **train) for seed, (name, train) in enumerate(kinds.items())
@@ -121,7 +122,7 @@ def test_a_rank_that_another_subject_brought_changes_no_bits(
     assert torch.equal(before, after)
 
 
-@pytest.mark.parametrize("name", ["small", "large", "text", "conv", "full"])
+@pytest.mark.parametrize("name", ["small", "large", "text", "conv", "full", "dora"])
 def test_a_row_among_others_is_stock_diffusers_image(
     studio: Studio, artifacts: dict[str, Path], tiny_base: Path, name: str
 ) -> None:
