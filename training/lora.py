@@ -79,7 +79,7 @@ def save_lora(unet: nn.Module, text_encoder: nn.Module | None, folder: Path, lor
 def write_adapters(
     adapters: Mapping[str, Mapping[str, Mapping[str, torch.Tensor]]], folder: Path, lora: Lora
 ) -> None:
-    """Write adapters as `save_lora` does: by model (`unet`, `text_encoder`), layer and factor (`A`, `B`, DoRA's `M`)."""
+    """Write adapters as `save_lora`: by model (`unet`, `text_encoder`), layer and factor (`A`, `B`, DoRA's `M`)."""
     tensors: dict[str, torch.Tensor] = {}
     metadata: dict[str, Any] = {}
     for prefix, layers in adapters.items():
