@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from cluster.errors import UserError
 from cluster.registry import Registry
 from cluster.storage import Storage
 from training.artifact import OpenArtifact, open_artifact
 from training.exchange import to_kohya
-from training.lora import FILE, LayerFactors, read_lora, write_adapters
+from training.lora import CHANGED, FILE, LayerFactors, read_lora, write_adapters
 from training.lora_algebra import Extraction, extract, merge
 from training.pipeline import (
     BaseInfo,
@@ -82,12 +82,12 @@ def export(
         UserError: There is no such version, it has not the form that is wanted, or something is there already.
         SystemFailure: The artifact is damaged.
     """
-    found, entry = Registry(storage).resolve(name, version)
-    is_lora = entry["method"] == "lora"
-    _check(name, wanted, is_lora, merged, rank)
-    whole = (is_lora and (merged or wanted == "single-file")) or (not is_lora and rank is None)
-    target = _target(out, f"{name}-{found}", folder=wanted == "diffusers")
+    found, _ = Registry(storage).resolve(name, version)
     with open_artifact(storage, name, found) as artifact:
+        is_lora = (artifact.folder / FILE).is_file()
+        _check(name, wanted, is_lora, merged, rank)
+        whole = (is_lora and (merged or wanted == "single-file")) or (not is_lora and rank is None)
+        target = _target(out, f"{name}-{found}", folder=wanted == "diffusers")
         base = open_base(artifact.manifest["base"]["model"], artifact.manifest["base"]["revision"])
         identity = artifact.identity
         prompt = identity.template.format_map(
@@ -95,10 +95,10 @@ def export(
         )
         extraction: Extraction | None = None
         if whole:
-            _write_whole(artifact, base, wanted, target, is_lora)
+            _write_whole(artifact, base, wanted, target)
         else:
             if rank is not None:
-                extraction = extract(_pristine(base), read_weights(artifact.folder), rank)
+                extraction = extract(_pristine(base), _parameters(artifact, base), rank)
             adapters = read_lora(artifact.folder) if extraction is None else extraction.adapters
             _write_lora(artifact, adapters, wanted, target, prompt, extraction is None)
             rank = rank or max(f.a.shape[0] for layers in adapters.values() for f in layers.values())
@@ -122,7 +122,7 @@ def _check(name: str, wanted: Format, is_lora: bool, merged: bool, rank: int | N
     if not is_lora and wanted == "kohya" and rank is None:
         raise UserError(
             f"{name} is no LoRA",
-            "it was trained with method full, and kohya's file is a LoRA",
+            "it has whole weights, and kohya's file is a LoRA",
             "extract one with --rank 32, or write the whole with --format single-file",
         )
     if merged and wanted == "kohya":
@@ -153,12 +153,21 @@ def _pristine(base: BaseInfo) -> Parameters:
     }
 
 
-def _write_whole(artifact: OpenArtifact, base: BaseInfo, wanted: Format, target: Path, is_lora: bool) -> None:
-    if not is_lora and wanted == "diffusers":
+def _parameters(artifact: OpenArtifact, base: BaseInfo) -> Parameters:
+    """All that UNet and text encoder are with the artifact."""
+    folder = artifact.folder
+    if (folder / FILE).is_file():
+        return merge(_pristine(base), read_lora(folder))
+    if (folder / CHANGED).is_file():
+        return _pristine(base) | load_file(folder / CHANGED)
+    return read_weights(folder)
+
+
+def _write_whole(artifact: OpenArtifact, base: BaseInfo, wanted: Format, target: Path) -> None:
+    if wanted == "diffusers" and (artifact.folder / "model_index.json").is_file():
         shutil.copytree(artifact.folder, target, dirs_exist_ok=True)
         return
-    folder = artifact.folder
-    parameters = merge(_pristine(base), read_lora(folder)) if is_lora else read_weights(folder)
+    parameters = _parameters(artifact, base)
     if wanted != "diffusers":
         settings = part_settings(base, "unet")
         if int(settings["cross_attention_dim"]) == 1024:

@@ -19,6 +19,7 @@ def bankable(run: Run, world: int) -> str | None:
         "train.text_encoder.train": train.text_encoder.train,
         "train.objective.mask": train.objective.mask != "none",
         "prior.target": run.prior.weight > 0 and run.prior.target == "base",
+        "train.lora.kind": train.lora.kind != "lora",
         "train.lora.dora": train.lora.dora,
         "train.ema_decay": train.ema_decay is not None,
         "train.load_best_at_end": train.load_best_at_end,

@@ -9,6 +9,7 @@ from training.recipe import TRAINED_SECTIONS, Recipe
 LATER = (
     "prior.target",
     "data.color",
+    "train.lora.kind",
     "train.lora.dora",
     "train.text_encoder.stop_after",
     "train.objective",

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from cluster.errors import SystemFailure, UserError
+from training.lora import CHANGED, LayerFactors, read_lora
 from training.lora import FILE as LORA_FILE
-from training.lora import LayerFactors, read_lora
 from training.lora_algebra import merged
 from training.pipeline import BaseInfo, read_weights
 from training.recipe import Objective
@@ -76,7 +77,10 @@ def read_outfit(
     scheduler = _scheduler(base, manifest or {})
     if (folder / LORA_FILE).is_file():
         return replace(_of_lora(models, pristine, folder), scheduler=scheduler)
-    whole = read_weights(folder)
+    if (folder / CHANGED).is_file():
+        whole = {**{name: value.cpu() for name, value in pristine.items()}, **load_file(folder / CHANGED)}
+    else:
+        whole = read_weights(folder)
     misfits = [
         name
         for name in sorted(whole.keys() | pristine.keys())

@@ -134,8 +134,11 @@ class TextEncoder(Section):
 
 
 class Lora(Section):
-    """Low-rank adapters (method `lora`)."""
+    """Adapters (method `lora`)."""
 
+    kind: Literal["lora", "lokr", "oft"] = "lora"
+    """`lora`: two factors of low rank. `lokr`: a Kronecker product. `oft`: a rotation, `rank` being the size of its
+    blocks. The last two are published as the weights that they make."""
     rank: int = Field(default=8, ge=1, le=1024)
     """Rank of the two factors."""
     alpha: float = Field(default=8.0, gt=0)
@@ -146,6 +149,14 @@ class Lora(Section):
     """DoRA: the length of each row of a weight is trained apart from its direction, which the factors change."""
     text_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "out_proj")
     """Text encoder modules that get an adapter when it is trained."""
+
+    @model_validator(mode="after")
+    def _takes_effect(self) -> "Lora":
+        if self.dora and self.kind != "lora":
+            raise ValueError(f"`dora` takes no effect with kind: {self.kind}; leave it out")
+        if self.kind == "oft" and self.alpha != type(self).model_fields["alpha"].default:
+            raise ValueError("`alpha` takes no effect with kind: oft; leave it out")
+        return self
 
 
 class Objective(Section):

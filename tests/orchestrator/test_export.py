@@ -34,6 +34,8 @@ KINDS: dict[str, dict[str, Any]] = {
     },
     "text": {"method": "lora", "lora": {"rank": 4}, "text_encoder": {"train": True}},
     "full": {"method": "full"},
+    "lokr": {"method": "lora", "lora": {"kind": "lokr", "rank": 4}},
+    "oft": {"method": "lora", "lora": {"kind": "oft", "rank": 4}, "text_encoder": {"train": True}},
 }
 
 
@@ -106,6 +108,8 @@ def loaded(done: Exported, base: Path) -> Any:
         ("full", "comfy", {}, "pipeline"),
         ("full", "diffusers", {"rank": 3}, "lora"),
         ("full", "kohya", {"rank": 3}, "lora"),
+        ("lokr", "diffusers", {}, "pipeline"),
+        ("oft", "single-file", {}, "pipeline"),
     ],
 )
 def test_stock_diffusers_draws_what_was_exported(

@@ -19,6 +19,7 @@ from training.batches import Batches
 from training.dataplan import DataPlan, Role
 from training.lease import LatentTable, Lease
 from training.loop import ResidentBase, build_module
+from training.outfit import PLAIN
 from training.pipeline import encode_text, load_tokenizer, open_base, predict, token_ids
 from training.recipe import Run
 from training.request import DrawRequest
@@ -301,3 +302,29 @@ def test_templates_take_turns_at_random_and_alike_in_a_bank(
         bank.adapters.start(slot, taken.recipe.train.seed)
     losses = bank(stack([None, rows], 8))
     assert float(losses.loss[1].detach()) == pytest.approx(float(module(rows)[0].detach()), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "lora", [{"kind": "lokr", "rank": 4}, {"kind": "oft", "rank": 4}, {"dora": True, "rank": 4}]
+)
+def test_a_run_of_another_kind_ends_and_is_drawn(
+    make_job: Callable[..., Lease],
+    alone: Callable[..., dict[str, Any]],
+    storage: Storage,
+    resident: ResidentBase,
+    lora: dict[str, Any],
+) -> None:
+    train = {"steps": 3, "lr": 1e-2, "pairs_per_step": 2, "lora": lora}
+    job = replace(make_job("rex", train=train, validate=OFF, checkpoint={"every": 2}), sample_ids=())
+    assert alone(job)["metrics"]["loss_subject"] > 0
+    studio = Studio(resident.info, "cpu")
+    rows = [studio.row(DrawRequest("a zwx dog", 7, steps=2), PLAIN)]
+    with open_artifact(storage, "rex", "v1") as artifact:
+        rows.append(
+            studio.row(DrawRequest("a zwx dog", 7, steps=2), studio.read(artifact.folder, artifact.manifest))
+        )
+    for row in rows:
+        while not row.done:
+            studio.step([row])
+    assert float((rows[0].x - rows[1].x).abs().max()) > 1e-3
+    assert bankable(job.recipe, 1) in ("train.lora.kind", "train.lora.dora")
