@@ -49,7 +49,9 @@ def batch(
             "--guidance-scale", "--guidance", min=1.0, help="Guidance scale; 1 is without guidance."
         ),
     ] = None,
-    sampler: Annotated[str, typer.Option(help="ddim, euler or dpm++2m.")] = "ddim",
+    sampler: Annotated[
+        str, typer.Option(help="ddim, ddpm, euler, euler-a, plms, dpm++2m, unipc or lcm.")
+    ] = "ddim",
     actors: Annotated[
         int | None,
         typer.Option(

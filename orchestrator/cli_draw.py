@@ -36,7 +36,9 @@ def generate(
             "--guidance-scale", "--guidance", min=1.0, help="Guidance scale; 1 is without guidance."
         ),
     ] = None,
-    sampler: Annotated[str, typer.Option(help="ddim, euler or dpm++2m.")] = "ddim",
+    sampler: Annotated[
+        str, typer.Option(help="ddim, ddpm, euler, euler-a, plms, dpm++2m, unipc or lcm.")
+    ] = "ddim",
     eta: Annotated[float, typer.Option(min=0.0, max=1.0, help="Noise of DDIM: 0 none, 1 as DDPM.")] = 0.0,
     base: Annotated[
         str, typer.Option("--base", help="Base to draw with when the subject is `base`.")

@@ -1,6 +1,5 @@
 """This file is where the commands that train, and say what training would do, read their options."""
 
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -81,8 +80,8 @@ def _flags(
         subject["class"] = class_noun
     if name:
         subject["name"] = name
-    elif images and config is None:
-        subject["name"] = _name_of(images)
+    if images and config is None:
+        subject = {**_told_by_folder(images), **subject}
     flags: dict[str, Any] = {"subject": subject} if subject else {}
     flags |= base_flags(base)
     if method:
@@ -101,11 +100,13 @@ def base_flags(base: str) -> dict[str, Any]:
     return {"base": {"model": model, **({"revision": revision} if revision else {})}}
 
 
-def _name_of(images: list[str]) -> str:
-    """A subject's name from its folder, or from the folder of its first photo."""
+def _told_by_folder(images: list[str]) -> dict[str, str]:
+    """What the name of a folder of photos, or of that of the first photo, says of the subject."""
+    from orchestrator.folders import subject_in
+
     first = Path(images[0]).expanduser().absolute()
-    folder = first.name if first.is_dir() or not first.suffix else first.parent.name
-    return re.sub(r"[^a-z0-9_-]+", "-", folder.lower()).strip("-_")[:63] or "subject"
+    told = subject_in(first.name if first.is_dir() or not first.suffix else first.parent.name)
+    return {**told, "name": told["name"] or "subject"}
 
 
 def train(

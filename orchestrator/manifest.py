@@ -25,7 +25,8 @@ from orchestrator.campaign_settings import (
     parse_standing,
 )
 from orchestrator.document import anchor_run, anchored, parse_document
-from orchestrator.rows import COLUMNS, RawRow, listed_rows, name_of, nearest, rows_at
+from orchestrator.folders import name_of
+from orchestrator.rows import COLUMNS, RawRow, listed_rows, nearest, rows_at
 from orchestrator.spec import assigned, given, parse_run
 from training.recipe import Run, merge
 

@@ -72,7 +72,7 @@ class Plan:
         """The same for people."""
         does = {"new": "", "unfinished": ", goes on", "succeeded": ", nothing to do"}[self.state]
         steps = "" if self.state == "succeeded" else f"steps {self.resume_from + 1} to {self.steps}, "
-        prior = "none, prior.weight is 0"
+        prior = "none are drawn"
         if self.prior:
             cached = ", latents cached" if self.prior.latents_cached else ""
             prior = f"{self.prior.missing} of {self.prior.wanted} to draw (set {self.prior.key}){cached}"

@@ -8,17 +8,24 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from cluster.errors import UserError
 from cluster.registry import Registry
 from cluster.storage import Storage, sha256
 from training.artifact import Identity
+from training.captions import SUFFIX, read_captions
+from training.decisive import decisive
 from training.identifier import choose_identifier
 from training.intake import TABLE, Intake, StoredPhotos, read_photos, store_photos
 from training.latents import ImageSet, Shard
+from training.masks import latent_masks
 from training.pipeline import BaseInfo, load_tokenizer, open_base, token_ids
 from training.prior import prior_key
 from training.prompt import TEMPLATE, render_prompt
-from training.recipe import TRAINED_SECTIONS, Run
+from training.recipe import Run
+from training.schedule import trained_scheduler
 from training.shapes import refuse_untrainable
 
 
@@ -34,6 +41,12 @@ class Prepared:
     class_ids: list[int]
     sample_ids: list[list[int]]
     """Of the empty prompt and the prompts of the sample grid; empty when it has none."""
+    empty_ids: list[int]
+    """Of the empty prompt, where captions are dropped; else none."""
+    caption_ids: list[list[int]]
+    """Of the photos' own prompts, in order, or of `train.templates`; empty where all share one."""
+    masks: NDArray[np.float32] | None
+    """[N, h, w], 0 to 1: where each training image counts; `None` is everywhere."""
     photo_names: list[str]
     fingerprint: str
     notes: list[str]
@@ -44,9 +57,9 @@ class Prepared:
         return self.run.subject.name
 
     def prior_key(self, device: str) -> str | None:
-        """The address of its prior set when `device` draws it; `None` without prior preservation."""
+        """The address of its prior set when `device` draws it; `None` when it takes no class images."""
         prior = self.run.prior
-        return prior_key(self.base, prior, self.identity.class_noun, device) if prior.weight > 0 else None
+        return prior_key(self.base, prior, self.identity.class_noun, device) if prior.draws else None
 
     def subject_images(self) -> ImageSet:
         """The subject's photos, to encode."""
@@ -76,13 +89,27 @@ def prepare(run: Run, storage: Storage) -> Prepared:
     prompts = [subject_prompt, class_prompt, run.prior.negative_prompt, "", *samples]
     subject_ids, class_ids, _, *sample_ids = token_ids(tokenizer, prompts, base.token_limit).tolist()
     refuse_untrainable(base, run.train)
-    intake = read_photos(run.subject.images, base.image_size)
+    trained_scheduler(base.scheduler, run.train.objective)
+    objective = run.train.objective
+    intake = read_photos(run.subject.images, base.image_size, objective.mask)
     _check_holdout(run, intake)
+    captions, notes = list(run.train.templates), list(intake.notes)
+    if run.train.captions == "files":
+        names = [photo.name for photo in intake.photos]
+        captions, untold = read_captions(run.subject.images, names, run.train.prompt)
+        notes = [note for note in notes if not _is_caption(note)] + untold
+    texts = [render_prompt(caption, noun, choice.identifier) for caption in captions]
+    caption_ids = token_ids(tokenizer, texts, base.token_limit).tolist() if texts else []
     photos = store_photos(storage, run.subject.name, intake, base.image_size)
-    recipe = run.model_dump(mode="json", by_alias=True, include=set(TRAINED_SECTIONS))
-    decisive = [recipe, base.revision, photos.key, subject_ids, class_ids]
+    decides = [decisive(run), base.revision, photos.key, subject_ids, class_ids]
+    if caption_ids:
+        decides.append(caption_ids)
+    masks = None
+    if objective.mask != "none":
+        masks = latent_masks(intake, base.image_size, base.vae_factor, run.data)
+        decides.append(sha256(masks.tobytes()))
     if run.train.load_best_at_end:
-        decisive += [run.checkpoint.every, run.validate_.samples]  # they decide which one is the best
+        decides += [run.checkpoint.every, run.validate_.samples]  # they decide which one is the best
     return Prepared(
         run=run,
         base=base,
@@ -91,10 +118,17 @@ def prepare(run: Run, storage: Storage) -> Prepared:
         subject_ids=subject_ids,
         class_ids=class_ids,
         sample_ids=sample_ids if samples else [],
+        empty_ids=sample_ids[0] if run.train.objective.caption_dropout else [],
+        caption_ids=caption_ids,
+        masks=masks,
         photo_names=[photo.name for photo in intake.photos],
-        fingerprint=sha256(json.dumps(decisive, sort_keys=True).encode())[:16],
-        notes=[*intake.notes, *choice.warnings],
+        fingerprint=sha256(json.dumps(decides, sort_keys=True).encode())[:16],
+        notes=[*notes, *choice.warnings],
     )
+
+
+def _is_caption(note: str) -> bool:
+    return note.startswith("skipped ") and note.partition(":")[0].endswith(SUFFIX)
 
 
 def _check_holdout(run: Run, intake: Intake) -> None:

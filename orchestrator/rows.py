@@ -2,7 +2,6 @@
 
 import csv
 import functools
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin
@@ -13,6 +12,7 @@ from cluster.errors import UserError, did_you_mean
 from cluster.source import Entry, entries, find, read, read_text
 from orchestrator.campaign_settings import SECTIONS, WHO
 from orchestrator.document import anchored_all, parse_document
+from orchestrator.folders import subject_in
 from orchestrator.spec import setting_at, suggestion
 from training.recipe import ABOUT, Recipe
 
@@ -197,11 +197,6 @@ def _without_nulls(value: Any) -> Any:
 # -- folders -----------------------------------------------------------------------------------------------
 
 
-def name_of(folder: str) -> str:
-    """A name made of that of a folder or file: lower case letters, digits, `-` and `_`; may be empty."""
-    return re.sub(r"[^a-z0-9_-]+", "-", folder.lower()).strip("-_")[:63]
-
-
 def _folder_rows(folder: Entry) -> Iterator[RawRow]:
     folders = [e for e in entries(folder.place) if e.is_folder and not e.name.startswith(".")]
     if not folders:
@@ -211,7 +206,7 @@ def _folder_rows(folder: Entry) -> Iterator[RawRow]:
             "give a folder that holds a folder of photos for each subject; `raybooth train` takes a single one",
         )
     for subject in folders:
-        fields: dict[str, Any] = {"name": name_of(subject.name), "images": subject.place}
+        fields: dict[str, Any] = {**subject_in(subject.name), "images": subject.place}
         error: UserError | None = None
         about = [entry for entry in entries(subject.place) if entry.name == ABOUT]
         if about:

@@ -141,6 +141,9 @@ class RunRecord:
                 "subject_names": prepared.photo_names,
             },
             sample_ids=prepared.sample_ids,
+            caption_ids=prepared.caption_ids,
+            empty_ids=prepared.empty_ids,
+            masks=prepared.masks,
         )
 
     def register(self, metrics: Mapping[str, float], prior_key: str | None) -> None:

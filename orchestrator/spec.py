@@ -48,6 +48,13 @@ def parse_run(raw: Mapping[str, Any]) -> Run:
             "train.method is full, which trains the weights themselves",
             "remove train.lora, or set train.method: lora",
         )
+    text = run.train.text_encoder
+    if text.stop_after is not None and not (text.train and text.stop_after < run.train.steps):
+        raise UserError(
+            "train.text_encoder.stop_after takes no effect",
+            "the text encoder is not trained" if not text.train else f"there are {run.train.steps} steps",
+            "leave it out, or set train.text_encoder.train: true and fewer steps",
+        )
     _check_prompts(run)
     _check_accumulation(run)
     _check_workers(run)
@@ -100,15 +107,22 @@ def _check_prompts(run: Run) -> None:
     """Every prompt can be rendered, and the training prompt names the subject."""
     noun = run.subject.class_noun
     named = [("train.prompt", run.train.prompt, "x"), ("prior.prompt", run.prior.prompt, None)]
+    named += [("train.templates", prompt, "x") for prompt in run.train.templates]
     named += [("validate.prompts", prompt, "x") for prompt in run.validate_.prompts]
     for path, prompt, identifier in named:
         try:
             render_prompt(prompt, noun, identifier)
         except UserError as error:
             raise UserError(f"{path}: {error.what}", error.seen, error.do) from None
-    if "{subject}" not in run.train.prompt:
+    for path, prompts in (("train.prompt", (run.train.prompt,)), ("train.templates", run.train.templates)):
+        for prompt in prompts:
+            if "{subject}" not in prompt:
+                raise UserError(f"{path} does not name the subject", repr(prompt), "say {subject} in it")
+    if run.train.captions == "files" and run.train.templates:
         raise UserError(
-            "train.prompt does not name the subject", repr(run.train.prompt), "say {subject} in it"
+            "train.templates takes no effect",
+            "train.captions is files, which gives each photo a prompt of its own",
+            "leave one of them out",
         )
 
 

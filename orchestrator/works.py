@@ -94,7 +94,7 @@ class CampaignWorks:
         base = self._bases[wanted]
         key = self._keys[run] = bank_key(spec, base.revision)
         prior = None
-        if spec.prior.weight > 0:
+        if spec.prior.draws:
             prior = prior_key(base, spec.prior, spec.subject.class_noun, self._site.device)
         can = {Size.CHECKPOINTING} if not spec.engine.gradient_checkpointing else set[Size]()
         if spec.train.accumulation * spec.cluster.workers < spec.train.pairs_per_step:

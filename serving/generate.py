@@ -69,7 +69,7 @@ def generate(
         negative_prompt: What should not be there.
         steps: Denoising steps.
         guidance: Guidance scale; 1 is without, `None` takes what the subject was validated with.
-        sampler: `ddim`, `euler` or `dpm++2m`.
+        sampler: A `SamplerName`, such as `ddim`.
         eta: Of `ddim`.
         out: Folder that takes the PNGs; files of the same name are replaced.
         base: What `base` is.

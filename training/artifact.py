@@ -15,9 +15,10 @@ from torch import nn
 
 from cluster.errors import SystemFailure
 from cluster.storage import Storage, sha256
-from training.lora import save_lora
-from training.pipeline import BaseInfo, save_pipeline
+from training.lora import save_changed, save_lora
+from training.pipeline import BaseInfo, save_pipeline, write_scheduler
 from training.recipe import Run
+from training.schedule import trained_scheduler
 
 KIND = "raybooth-artifact"
 FORMAT = 1
@@ -94,15 +95,20 @@ def write_weights(base: BaseInfo, run: Run, unet: nn.Module, text_encoder: nn.Mo
 
     Args:
         base: What was trained.
-        run: Its method is `lora` (one file for `load_lora_weights`) or `full` (a folder for `from_pretrained`).
+        run: Its method is `lora` (one file for `load_lora_weights`; of other kinds the weights that changed) or `full`
+            (a folder for `from_pretrained`).
         unet: With whole parameters; with adapters for `lora`.
         text_encoder: Likewise.
         folder: Where to; made if it is not there.
     """
-    if run.train.method == "lora":
+    if run.train.method == "lora" and run.train.lora.kind != "lora":
+        save_changed(unet, text_encoder if run.train.text_encoder.train else None, folder)
+    elif run.train.method == "lora":
         save_lora(unet, text_encoder if run.train.text_encoder.train else None, folder, run.train.lora)
     else:
         save_pipeline(base, unet, text_encoder, folder)
+        if run.train.objective.zero_terminal_snr:
+            write_scheduler(folder, trained_scheduler(base.scheduler, run.train.objective))
 
 
 def artifact_hash(manifest: Mapping[str, Any]) -> str:

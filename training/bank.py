@@ -16,13 +16,14 @@ from torch import nn
 from cluster.errors import UserError
 from training.bank_adapters import Adapters
 from training.bank_linear import BankLinear, FrozenLinear
+from training.criterion import Criterion
 from training.dataplan import Role
 from training.engine import compute_type
 from training.loop import ResidentBase
-from training.objective import PairBatch, row_losses
+from training.objective import PairBatch
 from training.pipeline import encode_text, predict
 from training.recipe import Run
-from training.schedule import NoiseSchedule
+from training.schedule import NoiseSchedule, trained_scheduler
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,9 @@ class Bank(nn.Module):
         lora, device = run.train.lora, base.device
         self._text_encoder, self._slots = base.text_encoder, slots
         self._autocast = compute_type(run.engine, device)
-        self._schedule = NoiseSchedule.from_config(base.info.scheduler)
+        objective = run.train.objective
+        self._schedule = NoiseSchedule.from_config(trained_scheduler(base.info.scheduler, objective))
+        self._criterion = Criterion(objective, self._schedule)
         self.unet, _ = base.fresh(share=True)
         linear = {name: part for name, part in self.unet.named_modules() if isinstance(part, nn.Linear)}
         adapted = _named(self.unet, lora.targets)
@@ -68,30 +71,43 @@ class Bank(nn.Module):
             self.unet.enable_gradient_checkpointing()  # type: ignore[operator]
         self.train()
         self._text: torch.Tensor | None = None
+        self._prompts = torch.zeros(0, dtype=torch.int64)
         self._prior_weights = torch.ones(slots, device=device)
 
     def take(self, slot: int, run: Run, prompts: Sequence[Sequence[int]]) -> None:
-        """Have a slot train a run, whose prompts [1 or 2, L] are encoded once; its adapters are not touched."""
+        """Have a slot train a run, whose prompts [K, L] are encoded once; its adapters are not touched."""
+        ids = torch.tensor(prompts, device=self._scales.device)
         with torch.no_grad():
-            encoded = encode_text(self._text_encoder, torch.tensor(prompts, device=self._scales.device))
+            encoded = encode_text(self._text_encoder, ids)
         if self._text is None:
-            self._text = encoded.new_zeros(self._slots, len(Role), *encoded.shape[1:])
-        self._text[slot, : len(encoded)] = encoded
+            self._text = encoded.new_zeros(self._slots, 0, *encoded.shape[1:])
+            self._prompts = ids.new_full((self._slots, 0, ids.shape[1]), -1)
+        if (
+            more := len(ids) - self._prompts.shape[1]
+        ) > 0:  # runs may have captions of their own, as many as photos
+            self._text = torch.cat([self._text, encoded.new_zeros(self._slots, more, *encoded.shape[1:])], 1)
+            nothing = ids.new_full((self._slots, more, ids.shape[1]), -1)
+            self._prompts = torch.cat([self._prompts, nothing], 1)
+        self._text[slot, : len(encoded)], self._prompts[slot, : len(ids)] = encoded, ids
         self._prior_weights[slot] = run.prior.weight or 1.0
         self._scales[slot] = run.train.lora.alpha / run.train.lora.rank
 
     def forward(self, batch: PairBatch) -> BankLosses:
         """The losses of K * R rows; backward from the sum of `loss` writes `adapters.gradients`."""
         assert self._text is not None  # some slot has a run
-        noisy = self._schedule.add_noise(batch.latents, batch.noise, batch.timesteps)
+        shown = batch.noise if batch.shown_noise is None else batch.shown_noise
+        noisy = self._schedule.add_noise(batch.latents, shown, batch.timesteps)
         if noisy.device.type == "cpu":
             noisy = noisy.contiguous(memory_format=torch.channels_last)
         slot = torch.arange(len(noisy), device=noisy.device) // (len(noisy) // self._slots)
+        prompt = (batch.token_ids[:, None] == self._prompts[slot]).all(dim=2).int().argmax(dim=1)
         kind = noisy.device.type
         with nullcontext() if self._autocast is None else torch.autocast(kind, self._autocast):
-            prediction = predict(self.unet, noisy, batch.timesteps, self._text[slot, batch.role])
+            prediction = predict(self.unet, noisy, batch.timesteps, self._text[slot, prompt])
         target = self._schedule.target(batch.latents, batch.noise, batch.timesteps)
-        weighted = (row_losses(prediction, target) * batch.weight).view(self._slots, -1)
+        weighted = (self._criterion.row_losses(prediction, target, batch.timesteps) * batch.weight).view(
+            self._slots, -1
+        )
         parts, is_class = weighted.detach(), batch.role.view(self._slots, -1) == Role.CLASS
         # not by products with 0, which keep what is no number
         subject, of_class = (parts.masked_fill(mask, 0.0).sum(dim=1) for mask in (is_class, ~is_class))
@@ -127,17 +143,16 @@ def _named(model: nn.Module, targets: Sequence[str]) -> list[str]:
 def stack(parts: Sequence[PairBatch | None], rows: int) -> PairBatch:
     """The rows of all slots, in order: `rows` of each, zeros of weight 0 where a slot has fewer or none."""
     like = next(part for part in parts if part is not None)
+    columns = [column.name for column in fields(PairBatch) if getattr(like, column.name) is not None]
     return PairBatch(
         **{
-            column.name: torch.cat(
+            column: torch.cat(
                 [
-                    _filled(
-                        getattr(like, column.name)[:0] if part is None else getattr(part, column.name), rows
-                    )
+                    _filled(getattr(like, column)[:0] if part is None else getattr(part, column), rows)
                     for part in parts
                 ]
             )
-            for column in fields(PairBatch)
+            for column in columns
         }
     )
 

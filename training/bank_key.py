@@ -3,7 +3,7 @@
 import json
 
 from cluster.storage import Storage, sha256
-from training.recipe import ATTENTION, Run
+from training.recipe import ATTENTION, Objective, Run
 
 # Ends of the names of a Stable Diffusion UNet's layers that are linear in every base: a bank adapts no others
 LINEAR = tuple(
@@ -17,6 +17,10 @@ def bankable(run: Run, world: int) -> str | None:
     reasons = {
         "train.method": train.method != "lora",
         "train.text_encoder.train": train.text_encoder.train,
+        "train.objective.mask": train.objective.mask != "none",
+        "prior.target": run.prior.weight > 0 and run.prior.target == "base",
+        "train.lora.kind": train.lora.kind != "lora",
+        "train.lora.dora": train.lora.dora,
         "train.ema_decay": train.ema_decay is not None,
         "train.load_best_at_end": train.load_best_at_end,
         "train.accumulation": train.accumulation > 1,
@@ -36,15 +40,17 @@ def bank_key(run: Run, base_revision: str) -> str | None:
     """
     if bankable(run, run.cluster.workers):
         return None
-    lora, engine = run.train.lora, run.engine
+    train, lora, engine = run.train, run.train.lora, run.engine
     parts = [
         base_revision,
         [lora.rank, list(lora.targets)],
-        run.train.pairs_per_step,
+        train.pairs_per_step,
         run.prior.weight > 0,
         [engine.precision, engine.gradient_checkpointing],
         [run.cluster.cpus_per_worker, run.cluster.gpus_per_worker],
     ]
+    if train.objective != Objective():  # the keys of all others are what they were
+        parts.append(train.objective.model_dump())
     return sha256(json.dumps(parts).encode())[:16]
 
 

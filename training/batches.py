@@ -10,13 +10,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from cluster.errors import SystemFailure, UserError
 from training.dataplan import DataPlan, PlanRow, Role
 from training.lease import LatentTable, Lease, latent_table
 from training.objective import PairBatch
 from training.pipeline import BaseInfo
+from training.recipe import Objective
 from training.schedule import NoiseSchedule
+
+PLAIN = Objective()
 
 
 @dataclass(frozen=True)
@@ -27,13 +31,20 @@ class Batches:
     tables: Sequence[LatentTable | None]
     """Of the subject and of the class."""
     token_ids: torch.Tensor
-    """int64 [K, L], of the subject's and the class's prompt, by role."""
+    """int64 [K, L], the lease's `prompts`."""
     scaling_factor: float
     rank: int
     world: int
     per_step: int
     """Micro-batches of a step."""
     device: torch.device
+    objective: Objective = PLAIN
+    captions: Sequence[int] = ()
+    """Of each row of the subject's table, the number of its own prompt in `token_ids`; empty where all share one."""
+    templates: int = 0
+    """How many further prompts the subject has, the first of them after the class's."""
+    masks: NDArray[np.float32] | None = None
+    """[N, h, w], of the rows of the subject's table."""
 
     @classmethod
     def of(cls, lease: Lease, base: BaseInfo, device: torch.device, rank: int, world: int) -> "Batches":
@@ -48,6 +59,9 @@ class Batches:
         if subject is None:
             raise SystemFailure(f"the lease of {lease.name} has no latents")
         held_out = run.data.holdout * run.data.images_per_photo
+        if run.prior.target == "base" and run.prior.weight > 0:
+            # the class's rows are the subject's, with another prompt
+            of_class = LatentTable(*(part[: len(subject) - held_out] for part in (subject.mean, subject.std)))
         plan = DataPlan(
             seed=run.train.seed,
             subject_rows=len(subject) - held_out,
@@ -73,6 +87,13 @@ class Batches:
             world,
             run.train.accumulation,
             device,
+            run.train.objective,
+            [
+                len(Role) + row // run.data.images_per_photo
+                for row in range(len(subject) if run.train.captions == "files" else 0)
+            ],
+            len(run.train.templates),
+            lease.masks,
         )
 
     def of_step(self, step: int) -> Iterator[PairBatch]:
@@ -88,21 +109,52 @@ class Batches:
         rows = self.plan.validation_rows(samples, self.rank, self.world)
         each = len(self.plan.roles) * max(1, self.plan.pairs_per_rank(self.world) // self.per_step)
         for start in range(0, len(rows), each):
-            yield self._batch(rows[start : start + each])
+            yield self._batch(rows[start : start + each], plain=True)
 
-    def _batch(self, rows: Sequence[PlanRow]) -> PairBatch:
+    def _batch(self, rows: Sequence[PlanRow], plain: bool = False) -> PairBatch:
+        """The tensors of rows; `plain` ones have noise alone added and their own prompt."""
+        plan, wanted = self.plan, PLAIN if plain else self.objective
         role = torch.tensor([int(row.role) for row in rows])
+        noise = np.stack([plan.noise(row.sample_index, self._shape) for row in rows])
+        if wanted.offset_noise:
+            offsets = np.stack([plan.offset(row.sample_index, self._shape[0]) for row in rows])
+            noise = noise + np.float32(wanted.offset_noise) * offsets
+        shown = None
+        if wanted.input_perturbation:
+            more = np.stack([plan.perturbation(row.sample_index, self._shape) for row in rows])
+            shown = torch.from_numpy(noise + np.float32(wanted.input_perturbation) * more)
+        prompt = torch.tensor([self._prompt(row, plain) for row in rows])
         return PairBatch(
             latents=torch.from_numpy(np.stack([self._latent(row) for row in rows])),
-            noise=torch.from_numpy(
-                np.stack([self.plan.noise(row.sample_index, self._shape) for row in rows])
-            ),
+            noise=torch.from_numpy(noise),
             timesteps=torch.tensor([row.timestep for row in rows]),
-            token_ids=self.token_ids[role],
+            token_ids=self.token_ids[prompt],
             role=role,
             weight=torch.tensor([row.weight for row in rows]),
             sample_index=torch.tensor([row.sample_index for row in rows]),
+            shown_noise=shown,
+            mask=self._mask(rows),
         ).to(self.device)
+
+    def _prompt(self, row: PlanRow, plain: bool) -> int:
+        """The number of a row's prompt in `token_ids`."""
+        dropout = self.objective.caption_dropout
+        if dropout and not plain and self.plan.drops_caption(row.sample_index, dropout):
+            return len(self.token_ids) - 1
+        if row.role is Role.SUBJECT and self.captions:
+            return self.captions[row.table_row]
+        if row.role is Role.SUBJECT and self.templates and not plain:
+            choice = self.plan.template(row.sample_index, 1 + self.templates)
+            return len(Role) + choice - 1 if choice else int(Role.SUBJECT)
+        return int(row.role)
+
+    def _mask(self, rows: Sequence[PlanRow]) -> torch.Tensor | None:
+        """Where rows show what is learnt, float32 [B, 1, h, w]: those of the class everywhere."""
+        if self.masks is None:
+            return None
+        whole = np.ones(self._shape[1:], np.float32)
+        found = [self.masks[row.table_row] if row.role is Role.SUBJECT else whole for row in rows]
+        return torch.from_numpy(np.stack(found))[:, None]
 
     @property
     def _shape(self) -> tuple[int, ...]:

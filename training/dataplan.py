@@ -36,6 +36,10 @@ class _Stream(IntEnum):
     TIMESTEP = 2
     NOISE = 3
     POSTERIOR = 4
+    OFFSET = 5
+    PERTURBATION = 6
+    CAPTION = 7
+    TEMPLATE = 8
 
 
 @dataclass(frozen=True)
@@ -147,6 +151,22 @@ class DataPlan:
     def posterior_noise(self, sample_index: int, shape: tuple[int, ...]) -> Array:
         """The noise that picks a sample's latent from the VAE's posterior: float32, standard normal."""
         return self._normal(_Stream.POSTERIOR, sample_index, shape)
+
+    def offset(self, sample_index: int, channels: int) -> Array:
+        """What is one number for each channel of a sample's noise: float32 [channels, 1, 1], standard normal."""
+        return self._normal(_Stream.OFFSET, sample_index, (channels, 1, 1))
+
+    def perturbation(self, sample_index: int, shape: tuple[int, ...]) -> Array:
+        """The noise that a sample is shown and not asked for: float32, standard normal."""
+        return self._normal(_Stream.PERTURBATION, sample_index, shape)
+
+    def drops_caption(self, sample_index: int, rate: float) -> bool:
+        """Whether a sample is trained with the empty prompt."""
+        return bool(_generator(self.seed, _Stream.CAPTION, sample_index).random() < rate)
+
+    def template(self, sample_index: int, count: int) -> int:
+        """Which of `count` prompts a sample is trained with."""
+        return int(_generator(self.seed, _Stream.TEMPLATE, sample_index).integers(count))
 
     def _normal(self, stream: _Stream, sample_index: int, shape: tuple[int, ...]) -> Array:
         return _generator(self.seed, stream, sample_index).standard_normal(shape, dtype=np.float32)

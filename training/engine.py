@@ -173,6 +173,9 @@ class TrainingEngine:
         if self._restore:
             self._restore_moments(self._restore, batches)
         lrs = [learning_rate(lr, step, self._train) for lr in self._lrs]
+        stop = self._train.text_encoder.stop_after
+        if self._has_text and stop is not None and step >= stop:
+            lrs[-1] = 0.0  # decay is by the rate too, so nothing of it moves any more
         figures = self._update(batches, lrs, wish)
         if self._average is not None:
             self._average.update(step)

@@ -6,7 +6,7 @@ cuts the squares that are trained on). Sizes are checked in the header, before a
 
 import io
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +21,8 @@ from PIL.WebPImagePlugin import WebPImageFile
 from cluster.errors import SystemFailure, UserError
 from cluster.source import Entry, entries, find, read
 from cluster.storage import Storage, sha256, sha256_file
+from training.likeness import look_alikes
+from training.masks import Mask, is_mask, mask_beside, mask_of_alpha
 from training.recipe import ABOUT, Data
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
@@ -29,6 +31,7 @@ MAX_PIXELS = 100_000_000  # the largest phone sensors give 50 to 108 million; de
 MIN_SIDE = 32  # pixels; and no photo is enlarged more than twice
 MAX_ASPECT = 3  # of the stored photo; what is longer is cut to its middle
 TABLE = "photos.parquet"
+NOTHING: Mapping[str, Entry] = {}
 
 # Opened by their own readers, not `Image.open`: its bomb check warns or raises by a process-wide setting.
 _READERS: tuple[tuple[bytes, Callable[[io.BytesIO], ImageFile]], ...] = (
@@ -48,6 +51,8 @@ class Photo:
     png: bytes
     width: int
     height: int
+    mask: bytes = b""
+    """Where it counts, a grey PNG of the same size; empty is everywhere."""
 
 
 @dataclass(frozen=True)
@@ -73,19 +78,23 @@ class StoredPhotos:
     digest: str
 
 
-def read_photos(paths: Sequence[str], image_size: int) -> Intake:
+def read_photos(paths: Sequence[str], image_size: int, mask: Mask = "none") -> Intake:
     """The photos in `paths`, sorted by name. Dot-files and other files are skipped with a note.
 
     Args:
         paths: Folders (not searched deeper) and files, as paths or URIs such as `s3://bucket/rex/`.
         image_size: The base's, in pixels.
+        mask: Where photos count: everywhere, where they are opaque, or where a file beside them says.
 
     Raises:
         StorageError: An object store fails.
         UserError: A path does not exist, no photo is there, one photo cannot be used, or two are the same.
     """
     files, notes = _list_files(paths)
-    photos = [_read_photo(file, image_size, notes) for file in files]
+    masks = {entry.name: entry for entry in files if is_mask(entry.name)}
+    if mask != "files":
+        notes += [f"skipped {name}: a mask, and train.objective.mask is not files" for name in masks]
+    photos = [_read_photo(file, image_size, notes, mask, masks) for file in files if file.name not in masks]
     if not photos:
         raise UserError(
             f"no photos in {', '.join(paths)}",
@@ -101,6 +110,7 @@ def read_photos(paths: Sequence[str], image_size: int) -> Intake:
                 "their pixels are the same, and a photo seen twice as often is learned by heart",
                 "remove one of them",
             )
+    notes += look_alikes([photo.name for photo in photos], [photo.png for photo in photos])
     return Intake(photos, notes)
 
 
@@ -116,7 +126,9 @@ def _list_files(paths: Sequence[str]) -> tuple[list[Entry], list[str]]:
     ]
 
 
-def _read_photo(entry: Entry, image_size: int, notes: list[str]) -> Photo:
+def _read_photo(
+    entry: Entry, image_size: int, notes: list[str], mask: Mask = "none", masks: Mapping[str, Entry] = NOTHING
+) -> Photo:
     file = entry.place
     if entry.size > MAX_BYTES:
         raise UserError(
@@ -128,7 +140,8 @@ def _read_photo(entry: Entry, image_size: int, notes: list[str]) -> Photo:
     with _open(file, data) as source:
         _check_header(file, source, image_size)
         try:
-            upright = _rgb(ImageOps.exif_transpose(source))
+            turned = ImageOps.exif_transpose(source)
+            upright = _rgb(turned)
         except Exception as error:  # a decoder may raise anything on damaged bytes
             raise _damaged(file, error) from error
     image, cut = _shrink(upright, image_size)
@@ -137,7 +150,13 @@ def _read_photo(entry: Entry, image_size: int, notes: list[str]) -> Photo:
     out = io.BytesIO()
     image.save(out, "PNG")
     pixels = sha256(repr(image.size).encode() + image.tobytes())
-    return Photo(entry.name, sha256(data), pixels, out.getvalue(), *image.size)
+    where = b""
+    if mask != "none":
+        grey = mask_of_alpha(turned, file) if mask == "alpha" else mask_beside(entry, masks, upright.size)
+        shown = io.BytesIO()
+        _shrink(grey, image_size)[0].save(shown, "PNG")
+        where = shown.getvalue()
+    return Photo(entry.name, sha256(data), pixels, out.getvalue(), *image.size, where)
 
 
 def _open(file: str, data: bytes) -> ImageFile:
@@ -240,11 +259,24 @@ def crops(png: bytes, image_size: int, data: Data) -> list[NDArray[np.uint8]]:
     only = {"start": 0, "center": spare // 2, "end": spare}[data.crop]
     offsets = [only] if data.variants == 1 else np.linspace(0, spare, data.variants).round().astype(int)
     out = []
-    for offset in offsets:
+    for number, offset in enumerate(offsets):
         rows, columns = (
             slice(offset, offset + image_size) if side > image_size else slice(0, image_size)
             for side in pixels.shape[:2]
         )
         square = pixels[rows, columns]
+        if data.color and number and square.ndim == 3:
+            square = _recoloured(square, data.color, number)
         out += [square, square[:, ::-1]] if data.flip else [square]
     return out
+
+
+def _recoloured(pixels: NDArray[np.uint8], strength: float, number: int) -> NDArray[np.uint8]:
+    """Variant `number` [S, S, 3]: brightness, contrast and saturation differ, each by up to `strength`."""
+    factors = np.random.Generator(np.random.Philox(key=number)).uniform(1 - strength, 1 + strength, 3)
+    bright, contrast, saturation = factors.astype(np.float32)
+    out = pixels.astype(np.float32) * bright
+    out = (out - out.mean()) * contrast + out.mean()
+    grey = (0.299 * out[..., 0] + 0.587 * out[..., 1] + 0.114 * out[..., 2])[..., None]
+    recoloured: NDArray[np.uint8] = ((out - grey) * saturation + grey).round().clip(0, 255).astype(np.uint8)
+    return recoloured

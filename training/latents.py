@@ -36,7 +36,9 @@ class ImageSet:
 
 def latent_path(base: BaseInfo, images: ImageSet) -> str:
     """Where the latents of a set lie under the root; the same images, crops and VAE give the same place."""
-    parts = (LATENT_FORMAT, base.revision, images.key, images.data.model_dump_json())
+    data = images.data
+    later = set() if data.color else {"color"}  # what came later changes no place where it is not used
+    parts = (LATENT_FORMAT, base.revision, images.key, data.model_dump_json(exclude=later))
     return f"latents/{sha256(repr(parts).encode())[:16]}"
 
 

@@ -50,6 +50,12 @@ class Lease:
     """Identifier, class noun, template, token ids: travels in the artifact."""
     meta: Mapping[str, Any] = field(default_factory=dict)
     """Further keys: `fingerprint` and `prior_key` of the artifact's manifest, `subject_names` of the photos."""
+    caption_ids: Sequence[Sequence[int]] = ()
+    """Token ids of the photos' own prompts, in order, or of `train.templates`; empty where all share one."""
+    empty_ids: Sequence[int] = ()
+    """Token ids of the empty prompt, where captions are dropped."""
+    masks: NDArray[np.float32] | None = None
+    """[N, h, w], 0 to 1: where each row of the subject's latents counts; `None` is everywhere."""
     sample_ids: Sequence[Sequence[int]] = ()
     """Token ids of the empty prompt and of each of the sample grid; empty where no grid is drawn."""
 
@@ -65,8 +71,9 @@ class Lease:
 
     @property
     def prompts(self) -> list[list[int]]:
-        """Token ids of the prompts that rows carry, by role."""
-        return [list(ids) for ids in (self.subject_ids, self.class_ids) if ids]
+        """Token ids of the prompts that rows carry: by role, captions or templates, last the empty one."""
+        every = (self.subject_ids, self.class_ids, *self.caption_ids, self.empty_ids)
+        return [list(ids) for ids in every if ids]
 
     def image_name(self, row: int) -> str:
         """The photo that a row of the subject's latent table was made of, by name, else by number."""

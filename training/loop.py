@@ -23,8 +23,9 @@ from training.lora import attach
 from training.module import DreamBoothModule
 from training.pipeline import BaseInfo, load_text_encoder, load_unet, open_base
 from training.recipe import Run
-from training.schedule import NoiseSchedule
+from training.schedule import NoiseSchedule, trained_scheduler
 from training.services import Services
+from training.teacher import Teacher
 from training.wish import Dropped, Wish, Wishes, no_wish
 
 
@@ -128,13 +129,18 @@ def build_module(base: ResidentBase, run: Run, lease: Lease, stage: int) -> Drea
     else:
         unet.requires_grad_(True)
         text_encoder.requires_grad_(train.text_encoder.train)
+    prompts = torch.tensor(lease.prompts, device=base.device)
+    taught = run.prior.target == "base" and run.prior.weight > 0
     module = DreamBoothModule(
         unet.to(base.device),
         text_encoder.to(base.device),
-        torch.tensor(lease.prompts, device=base.device),
-        NoiseSchedule.from_config(base.info.scheduler),
+        prompts,
+        NoiseSchedule.from_config(trained_scheduler(base.info.scheduler, train.objective)),
         run.prior.weight,
         compute_type(run.engine, base.device),
+        train.objective,
+        Teacher.of(base.unet, base.text_encoder, prompts) if taught or train.objective.mask_prior else None,
+        taught,
     ).train()
     if run.engine.gradient_checkpointing:
         module.recompute_activations()

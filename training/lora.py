@@ -3,13 +3,14 @@
 It is the door to PEFT. An adapter adds alpha / rank * B A to a linear layer; A is random, B starts at zero.
 """
 
+import copy
 import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -19,11 +20,14 @@ from torch import nn
 from cluster.errors import SystemFailure, UserError
 from training.recipe import Lora
 
-if TYPE_CHECKING:
-    from peft.tuners.lora import LoraLayer
-
 ADAPTER = "default"
 FILE = "pytorch_lora_weights.safetensors"  # what diffusers' load_lora_weights looks for
+CHANGED = "changed_weights.safetensors"
+_FACTORS = {
+    "A": "lora_A",
+    "B": "lora_B",
+    "M": "lora_magnitude_vector",
+}  # as they are called in files and by PEFT
 _METADATA = "lora_adapter_metadata"  # the key under which diffusers keeps rank, alpha and targets
 
 
@@ -59,7 +63,11 @@ def save_lora(unet: nn.Module, text_encoder: nn.Module | None, folder: Path, lor
     parts = {"unet": unet} | ({} if text_encoder is None else {"text_encoder": text_encoder})
     adapters = {
         prefix: {
-            name: {factor: getattr(layer, f"lora_{factor}")[ADAPTER].weight for factor in "AB"}
+            name: {
+                factor: modules[ADAPTER].weight
+                for factor, module in _FACTORS.items()
+                if ADAPTER in (modules := getattr(layer, module))
+            }
             for name, layer in _layers(model)
         }
         for prefix, model in parts.items()
@@ -67,19 +75,34 @@ def save_lora(unet: nn.Module, text_encoder: nn.Module | None, folder: Path, lor
     write_adapters(adapters, folder, lora)
 
 
+def save_changed(unet: nn.Module, text_encoder: nn.Module | None, folder: Path) -> None:
+    """Write the weights of the adapted layers as their adapters make them, for kinds that no other format has."""
+    tensors = {}
+    for part, model in {"unet": unet, "text_encoder": text_encoder}.items():
+        for name, layer in _layers(model) if model else ():
+            whole = copy.deepcopy(layer)  # the frozen weights are the base's
+            whole.merge()
+            tensors[f"{part}.{name}.weight"] = (
+                whole.get_base_layer().weight.detach().float().cpu().contiguous()
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / CHANGED, metadata={"format": "pt"})
+
+
 def write_adapters(
     adapters: Mapping[str, Mapping[str, Mapping[str, torch.Tensor]]], folder: Path, lora: Lora
 ) -> None:
-    """Write adapters as `save_lora` does: by model (`unet`, `text_encoder`), layer and factor (`A`, `B`)."""
+    """Write adapters as `save_lora`: by model (`unet`, `text_encoder`), layer and factor (`A`, `B`, DoRA's `M`)."""
     tensors: dict[str, torch.Tensor] = {}
     metadata: dict[str, Any] = {}
     for prefix, layers in adapters.items():
         for name, factors in layers.items():
             for factor, weight in factors.items():
-                key = f"{prefix}.{name}.lora_{factor}.weight"
+                key = f"{prefix}.{name}.{_FACTORS[factor]}" + ("" if factor == "M" else ".weight")
                 tensors[key] = weight.detach().float().cpu().contiguous()
         if layers:
-            config = {"r": lora.rank, "lora_alpha": lora.alpha, "target_modules": sorted(layers)}
+            config: dict[str, Any] = {"r": lora.rank, "lora_alpha": lora.alpha}
+            config |= {"target_modules": sorted(layers)} | ({"use_dora": True} if lora.dora else {})
             metadata |= {f"{prefix}.{key}": value for key, value in config.items()}
     folder.mkdir(parents=True, exist_ok=True)
     # one key: safetensors writes several in any order, and the same adapters should be the same bytes
@@ -117,6 +140,8 @@ class LayerFactors:
     """[d_out, rank], of a convolution [C_out, rank, 1, 1]."""
     scale: float
     """What B A is multiplied with: alpha / rank."""
+    magnitude: torch.Tensor | None = None
+    """Of DoRA: what the length of each row of the weight becomes, [d_out], of a convolution [1, C_out, 1, 1]."""
 
 
 def read_lora(folder: Path) -> dict[str, dict[str, LayerFactors]]:
@@ -141,6 +166,7 @@ def read_lora(folder: Path) -> dict[str, dict[str, LayerFactors]]:
                     a=tensors.pop(f"{prefix}.{layer}.lora_A.weight"),
                     b=tensors.pop(f"{prefix}.{layer}.lora_B.weight"),
                     scale=scale,
+                    magnitude=tensors.pop(f"{prefix}.{layer}.{_FACTORS['M']}", None),
                 )
                 for layer in layers
             }
@@ -162,33 +188,42 @@ def _attach(
                 f"{setting} names {target!r}", f"no module of the {prefix} ends so", "leave it out"
             )
     try:
-        _inject(model, lora.rank, lora.alpha, list(targets))
+        _inject(model, lora, list(targets))
     except ValueError as error:
         raise UserError(
             f"{setting} cannot be adapted", str(error).splitlines()[0], "name linear layers"
         ) from error
     for name, layer in _layers(model):
-        weight = layer.lora_A[ADAPTER].weight
-        if not weight.is_meta:
-            weight.data.copy_(fresh_a(seed, f"{prefix}.{name}", weight.shape))
+        if lora.kind == "lora":
+            drawn = {f"{prefix}.{name}": layer.lora_A[ADAPTER].weight}
+        else:  # those that PEFT draws; the others start as zeros
+            own = {n: p for n, p in layer.named_parameters() if p.requires_grad}
+            drawn = {f"{prefix}.{name}.{n}": p for n, p in own.items() if p.is_meta or bool(p.any())}
+        for key, weight in drawn.items():
+            if not weight.is_meta:
+                weight.data.copy_(fresh_a(seed, key, weight.shape))
 
 
-def _inject(model: nn.Module, rank: int, alpha: float, targets: list[str]) -> None:
+def _inject(model: nn.Module, lora: Lora, targets: list[str]) -> None:
     """Adapters named `ADAPTER`, of which only B (zero) has its value yet; torch's own random state is kept."""
-    from peft import (
-        LoraConfig,
-        inject_adapter_in_model,
-    )  # a bank has layers of its own and pays for none of it
+    # a bank has layers of its own and pays for none of it
+    from peft import LoKrConfig, LoraConfig, OFTConfig, inject_adapter_in_model
 
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets)
+    config: Any
+    if lora.kind == "lokr":
+        config = LoKrConfig(r=lora.rank, alpha=lora.alpha, target_modules=targets)
+    elif lora.kind == "oft":
+        config = OFTConfig(oft_block_size=lora.rank, target_modules=targets)
+    else:
+        config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets, use_dora=lora.dora)
     with torch.random.fork_rng(devices=[]):
         inject_adapter_in_model(config, model, adapter_name=ADAPTER)
 
 
-def _layers(model: nn.Module) -> "Iterator[tuple[str, LoraLayer]]":
+def _layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """Names and modules of a model's adapted layers."""
-    from peft.tuners.lora import LoraLayer
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
     for name, module in model.named_modules():
-        if isinstance(module, LoraLayer):
+        if isinstance(module, BaseTunerLayer):
             yield name, module

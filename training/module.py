@@ -11,9 +11,13 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import nn
 
-from training.objective import PairBatch, dreambooth_loss, row_losses
+from training.criterion import Criterion
+from training.dataplan import Role
+from training.objective import PairBatch, dreambooth_loss
 from training.pipeline import encode_text, predict
+from training.recipe import Objective
 from training.schedule import NoiseSchedule
+from training.teacher import Teacher
 
 UNET, TEXT_ENCODER = "unet", "text_encoder"
 
@@ -31,6 +35,9 @@ class DreamBoothModule(nn.Module):
         schedule: Noise schedule and prediction type of the base.
         prior_weight: Weight of the class term.
         autocast: Compute type of the forward pass; `None` is fp32. Parameters stay fp32.
+        objective: Loss and weighting.
+        teacher: Says what the base predicts, where the class's rows or what is outside of a mask hold on to that.
+        teaches_class: Whether the class's rows do; else their target is the noise process, as for the subject's.
     """
 
     def __init__(
@@ -41,8 +48,13 @@ class DreamBoothModule(nn.Module):
         schedule: NoiseSchedule,
         prior_weight: float,
         autocast: torch.dtype | None = None,
+        objective: Objective = Objective(),
+        teacher: Teacher | None = None,
+        teaches_class: bool = False,
     ) -> None:
         super().__init__()
+        self.criterion = Criterion(objective, schedule)
+        self.teacher, self.teaches_class = teacher, teaches_class
         self.unet = unet
         self.schedule = schedule
         self.prior_weight = prior_weight
@@ -72,15 +84,32 @@ class DreamBoothModule(nn.Module):
 
     def forward(self, batch: PairBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """This batch's part of the loss, and of the subject's and the class's term (see `dreambooth_loss`)."""
-        noisy = self.schedule.add_noise(batch.latents, batch.noise, batch.timesteps)
+        shown = batch.noise if batch.shown_noise is None else batch.shown_noise
+        noisy = self.schedule.add_noise(batch.latents, shown, batch.timesteps)
         with self.computing(noisy.device):
             text = self.text if self.text_encoder is None else encode_text(self.text_encoder, self.prompts)
             assert text is not None  # cached exactly when there is no encoder
             # each row looks up its own prompt, so neither the order of rows nor of roles can misalign them
             row = (batch.token_ids[:, None] == self.prompts).all(dim=2).int().argmax(dim=1)
+            target, taught = self._targets(batch, noisy, row)
             prediction = predict(self.unet, noisy, batch.timesteps, text[row])
+        losses = self.criterion.row_losses(prediction, target, batch.timesteps, batch.mask, taught)
+        return dreambooth_loss(losses, batch.weight, batch.role, self.prior_weight)
+
+    def _targets(
+        self, batch: PairBatch, noisy: torch.Tensor, prompt: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What each row should come to, float32 [B, C, H, W], and outside of its mask, if that holds on to anything."""
         target = self.schedule.target(batch.latents, batch.noise, batch.timesteps)
-        return dreambooth_loss(row_losses(prediction, target), batch.weight, batch.role, self.prior_weight)
+        if self.teacher is None:
+            return target, None
+        of_class = batch.role == Role.CLASS
+        asked = of_class if not self.criterion.mask_prior else torch.ones_like(of_class)
+        said = self.teacher(noisy[asked], batch.timesteps[asked], prompt[asked])
+        taught = torch.zeros_like(target).masked_scatter(asked.reshape(-1, 1, 1, 1), said)
+        if self.teaches_class:
+            target = torch.where(of_class.reshape(-1, 1, 1, 1), taught, target)
+        return target, taught if self.criterion.mask_prior else None
 
     def computing(self, device: torch.device) -> AbstractContextManager[object]:
         """The context of the forward pass."""

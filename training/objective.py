@@ -4,6 +4,7 @@ B rows, C latent channels, H W latent size, L tokens.
 """
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 
@@ -28,24 +29,21 @@ class PairBatch:
     """float32 [B], the row's share of the global loss."""
     sample_index: torch.Tensor
     """int64 [B], what the row was drawn from."""
+    shown_noise: torch.Tensor | None = None
+    """float32 [B, C, H, W]: what is added in place of `noise`, which is still what is asked for."""
+    mask: torch.Tensor | None = None
+    """float32 [B, 1, H, W], 0 to 1: where the row shows what is learnt."""
 
     def to(self, device: torch.device) -> "PairBatch":
         """The batch on `device`; itself when it is there already."""
         if self.latents.device == device:
             return self
-        return PairBatch(
-            **{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)}
-        )
-
-
-def row_losses(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """The mean squared error of each row, float32 [B].
-
-    Args:
-        prediction: The model's output [B, C, H, W], any float dtype.
-        target: What it should have been [B, C, H, W], float32.
-    """
-    return (prediction.float() - target).square().mean(dim=(1, 2, 3))
+        columns = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved: dict[str, Any] = {
+            name: None if column is None else column.to(device, non_blocking=True)
+            for name, column in columns.items()
+        }
+        return PairBatch(**moved)
 
 
 def dreambooth_loss(

@@ -1,22 +1,27 @@
 """This file is where an artifact becomes what a row wears while it is drawn: adapters, or weights of its own.
 
 Adapters of linear layers are worn row by row, many subjects in one forward pass. Everything else (a `full` artifact,
-an adapted convolution) is weights that a forward pass has for all of its rows, kept as what differs from the base.
+an adapted convolution, DoRA) is weights that a forward pass has for all of its rows, kept as what differs from the
+base.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from cluster.errors import SystemFailure, UserError
+from training.lora import CHANGED, LayerFactors, read_lora
 from training.lora import FILE as LORA_FILE
-from training.lora import LayerFactors, read_lora
+from training.lora_algebra import merged
 from training.pipeline import BaseInfo, read_weights
+from training.recipe import Objective
 from training.row_linear import Adapter, Factors
+from training.schedule import trained_scheduler
 
 Models = Mapping[str, nn.Module]
 """`unet` and `text_encoder`, for the kinds and shapes of their layers."""
@@ -32,6 +37,8 @@ class Outfit:
     text: Adapter = field(default_factory=dict)
     weights: Weights = field(default_factory=dict)
     """Whole parameters in place of the base's; only rows that have the same ones share a forward pass."""
+    scheduler: Mapping[str, Any] | None = None
+    """The scheduler config that it was trained with; `None` is the base's."""
 
     @property
     def nbytes(self) -> int:
@@ -67,9 +74,13 @@ def read_outfit(
             f"from revision {trained_from}, and {base.model} is {base.revision}",
             "draw it with the base it was trained from",
         )
+    scheduler = _scheduler(base, manifest or {})
     if (folder / LORA_FILE).is_file():
-        return _of_lora(models, pristine, folder)
-    whole = read_weights(folder)
+        return replace(_of_lora(models, pristine, folder), scheduler=scheduler)
+    if (folder / CHANGED).is_file():
+        whole = {**{name: value.cpu() for name, value in pristine.items()}, **load_file(folder / CHANGED)}
+    else:
+        whole = read_weights(folder)
     misfits = [
         name
         for name in sorted(whole.keys() | pristine.keys())
@@ -78,8 +89,16 @@ def read_outfit(
     if misfits:
         raise SystemFailure(f"{folder} does not fit the base", f"{misfits[0]} and {len(misfits) - 1} more")
     return Outfit(
-        weights={name: value for name, value in whole.items() if not torch.equal(value, pristine[name].cpu())}
+        weights={
+            name: value for name, value in whole.items() if not torch.equal(value, pristine[name].cpu())
+        },
+        scheduler=scheduler,
     )
+
+
+def _scheduler(base: BaseInfo, manifest: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    objective = manifest.get("recipe", {}).get("train", {}).get("objective")
+    return trained_scheduler(base.scheduler, Objective.model_validate(objective)) if objective else None
 
 
 def _of_lora(models: Models, pristine: Weights, folder: Path) -> Outfit:
@@ -90,11 +109,11 @@ def _of_lora(models: Models, pristine: Weights, folder: Path) -> Outfit:
         for name, factors in layers.items():
             module = modules.get(name)
             _check(module, factors, f"{part}.{name}", folder)
-            if len(factors.a.shape) == 2:
+            if len(factors.a.shape) == 2 and factors.magnitude is None:
                 adapters[part][name] = Factors.of(factors.a, factors.b, factors.scale)
             else:
                 weight = f"{part}.{name}.weight"
-                weights[weight] = _merged(pristine[weight].cpu(), factors)
+                weights[weight] = merged(pristine[weight].cpu(), factors)
     return Outfit(adapters["unet"], adapters["text_encoder"], weights)
 
 
@@ -112,9 +131,3 @@ def _check(module: nn.Module | None, factors: LayerFactors, name: str, folder: P
             f"{folder / LORA_FILE} does not fit the base",
             f"{name}: A {tuple(factors.a.shape)} and B {tuple(factors.b.shape)} for {there}",
         )
-
-
-def _merged(weight: torch.Tensor, factors: LayerFactors) -> torch.Tensor:
-    """The weight of a convolution with its adapter in it."""
-    change = torch.einsum("or,r...->o...", factors.b.flatten(1), factors.a)
-    return weight + factors.scale * change

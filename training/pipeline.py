@@ -272,6 +272,21 @@ def save_pipeline(base: BaseInfo, unet: nn.Module, text_encoder: nn.Module, fold
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
+def part_settings(base: BaseInfo, part: str) -> dict[str, Any]:
+    """The config of a part of a base, such as `unet`."""
+    return read_json(base.path / part / "config.json", base.model)
+
+
+def write_scheduler(folder: Path, scheduler: Mapping[str, Any]) -> None:
+    """Give a written pipeline another scheduler config; the class is one that knows all of its keys."""
+    path = folder / "scheduler" / "scheduler_config.json"
+    config = {**read_json(path, str(folder)), **scheduler, "_class_name": "DDIMScheduler"}
+    path.write_text(json.dumps(config, indent=2) + "\n")
+    index = read_json(folder / "model_index.json", str(folder))
+    index["scheduler"] = ["diffusers", "DDIMScheduler"]
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
 def _fp32(config: dict[str, Any]) -> dict[str, Any]:
     """The config of a transformers model, which is loaded in the type it names, of fp32 weights."""
     return {**{key: value for key, value in config.items() if key != "torch_dtype"}, "dtype": "float32"}

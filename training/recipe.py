@@ -8,10 +8,10 @@ diffusers' recommendations, and for `pocket` our own runs).
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 Method = Literal["lora", "full"]
-SamplerName = Literal["ddim", "euler", "dpm++2m"]
+SamplerName = Literal["ddim", "ddpm", "euler", "euler-a", "plms", "dpm++2m", "unipc", "lcm"]
 LrScheduler = Literal["constant", "linear", "cosine", "polynomial"]
 ABOUT = "subject.yaml"  # beside a subject's photos: what a campaign is told of it
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # the ends of the names of a UNet's attention layers
@@ -70,6 +70,9 @@ class Prior(Section):
 
     weight: float = Field(default=1.0, ge=0.0, le=100.0)
     """Weight of the class term in the loss; 0 turns prior preservation off."""
+    target: Literal["images", "base"] = "images"
+    """What the class term holds on to: `images` that the base drew of the class, or what the `base` itself predicts
+    with the class prompt on the subject's noisy photos, so that none are drawn."""
     num_images: int = Field(default=200, ge=1, le=100_000)
     """Class images to draw; a larger number later draws only what is missing."""
     prompt: str = "a photo of a {class}"
@@ -85,6 +88,11 @@ class Prior(Section):
     seed: int = Field(default=0, ge=0, lt=2**31)
     """First seed; image i is drawn from a seed of its own made of this and i."""
 
+    @property
+    def draws(self) -> bool:
+        """Whether class images are drawn for it."""
+        return self.weight > 0 and self.target == "images"
+
 
 class Data(Section):
     """How photos become training images. Variants are enumerated, not random, so that latents are cached."""
@@ -95,9 +103,18 @@ class Data(Section):
     """Also train on mirrored images. Off: text, logos and faces are not symmetric."""
     crop: Literal["center", "start", "end"] = "center"
     """Which square of a photo that is not square is used when `variants` is 1."""
+    color: float = Field(default=0.0, ge=0, le=0.5)
+    """How much brightness, contrast and saturation of the variants differ; the first stays as it is. Off: a subject's
+    colours are its own."""
     holdout: int = Field(default=0, ge=0, le=1000)
     """Photos kept from training, the last ones in order: the validation loss is theirs. 0 takes it on the photos that
     are trained, with noise that is not."""
+
+    @model_validator(mode="after")
+    def _takes_effect(self) -> "Data":
+        if self.color and self.variants == 1:
+            raise ValueError("`color` takes no effect with variants: 1; set variants, or leave it out")
+        return self
 
     @property
     def images_per_photo(self) -> int:
@@ -112,19 +129,83 @@ class TextEncoder(Section):
     """Train it too: its LoRA with method `lora`, all of it with `full`."""
     lr: float = Field(default=5e-6, gt=0, le=1.0)
     """Its own learning rate."""
+    stop_after: int | None = Field(default=None, ge=1)
+    """Step after which it stays as it is; `null` trains it to the end."""
 
 
 class Lora(Section):
-    """Low-rank adapters (method `lora`)."""
+    """Adapters (method `lora`)."""
 
+    kind: Literal["lora", "lokr", "oft"] = "lora"
+    """`lora`: two factors of low rank. `lokr`: a Kronecker product. `oft`: a rotation, `rank` being the size of its
+    blocks. The last two are published as the weights that they make."""
     rank: int = Field(default=8, ge=1, le=1024)
     """Rank of the two factors."""
     alpha: float = Field(default=8.0, gt=0)
     """Scale: the update is alpha / rank * B A."""
     targets: tuple[str, ...] = ATTENTION
     """UNet modules that get an adapter, by the end of their name."""
+    dora: bool = False
+    """DoRA: the length of each row of a weight is trained apart from its direction, which the factors change."""
     text_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "out_proj")
     """Text encoder modules that get an adapter when it is trained."""
+
+    @model_validator(mode="after")
+    def _takes_effect(self) -> "Lora":
+        if self.dora and self.kind != "lora":
+            raise ValueError(f"`dora` takes no effect with kind: {self.kind}; leave it out")
+        if self.kind == "oft" and self.alpha != type(self).model_fields["alpha"].default:
+            raise ValueError("`alpha` takes no effect with kind: oft; leave it out")
+        return self
+
+
+class Objective(Section):
+    """The loss of a row, and the noise in it. What is predicted, noise or velocity, is the base's."""
+
+    weighting: Literal["none", "min_snr", "debiased", "p2"] = "none"
+    """How rows are weighed by the signal-to-noise ratio of their timestep."""
+    snr_gamma: float = Field(default=5.0, gt=0)
+    """Of `min_snr`: ratios above count as this one."""
+    p2_gamma: float = Field(default=1.0, gt=0, le=10)
+    """Of `p2`: how much less a row counts the less noise it has."""
+    loss: Literal["mse", "huber", "smooth_l1"] = "mse"
+    """Of a difference: its square, or one that grows linearly where it is large."""
+    huber_c: float = Field(default=0.1, gt=0, le=1)
+    """Of `huber` and `smooth_l1`: from about where on they are linear, at the least."""
+    huber_schedule: Literal["constant", "exponential", "snr"] = "snr"
+    """How that point moves with the timestep: not, from 1 down to `huber_c`, or likewise by the noise level."""
+    offset_noise: float = Field(default=0.0, ge=0, le=1)
+    """Standard deviation of noise that is one number for a whole channel, so that brightness is learnt; 0 is off."""
+    input_perturbation: float = Field(default=0.0, ge=0, le=1)
+    """Standard deviation of noise that the model sees and is not asked for, relative to what it is; 0 is off."""
+    zero_terminal_snr: bool = False
+    """Stretch the base's noise process so that its last timestep leaves no signal; drawing does the same. For bases
+    that predict velocity."""
+    caption_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of rows that are trained with the empty prompt, which keeps guidance sharp; 0 is off."""
+
+    mask: Literal["none", "alpha", "files"] = "none"
+    """Where a photo counts: everywhere, where it is opaque, or where `NAME-masklabel.png` beside `NAME` is white."""
+    mask_outside: float = Field(default=0.0, ge=0, le=1)
+    """How much the rest of the photo counts."""
+    mask_prior: float = Field(default=0.0, ge=0, le=100)
+    """Weight of staying what the base predicts there; 0 is off."""
+
+    @model_validator(mode="after")
+    def _takes_effect(self) -> "Objective":
+        owners = {
+            "mask_outside": self.mask != "none",
+            "mask_prior": self.mask != "none",
+            "snr_gamma": self.weighting == "min_snr",
+            "p2_gamma": self.weighting == "p2",
+            "huber_c": self.loss != "mse",
+            "huber_schedule": self.loss != "mse",
+        }
+        for name, used in owners.items():
+            if not used and getattr(self, name) != type(self).model_fields[name].default:
+                of = {"hub": "loss", "mas": "mask"}.get(name[:3], "weighting")
+                raise ValueError(f"`{name}` takes no effect with {of}: {getattr(self, of)}; leave it out")
+        return self
 
 
 class Train(Section):
@@ -158,10 +239,17 @@ class Train(Section):
     """Seed of the order of images, the noise and the timesteps."""
     prompt: str = "a photo of {subject}"
     """Prompt of the subject's photos; `{subject}` becomes article, identifier and class noun."""
+    templates: tuple[str, ...] = Field(default=(), max_length=100)
+    """Prompts that are used besides `prompt`, each sample with one of them."""
+    captions: Literal["none", "files"] = "none"
+    """Whether each photo has a prompt of its own: `NAME.txt` beside `NAME.jpg`. One that does not say `{subject}`
+    follows `prompt`."""
     text_encoder: TextEncoder = TextEncoder()
     """The text encoder's part."""
     lora: Lora = Lora()
     """Adapters of method `lora`."""
+    objective: Objective = Objective()
+    """The loss and the noise."""
 
 
 class Engine(Section):

@@ -12,13 +12,14 @@ import torch.distributed as dist
 from torch import nn
 
 from training.batches import Batches
+from training.denoising import MEMORY, advance
 from training.engine import TrainingEngine
 from training.lease import Lease
 from training.pipeline import BaseInfo, encode_text, load_vae, predict
 from training.png import encode_png, grid
 from training.request import FORWARD_ROWS
-from training.samplers import advance, sampler_table
-from training.schedule import NoiseSchedule
+from training.samplers import sampler_table
+from training.schedule import NoiseSchedule, trained_scheduler
 from training.studio import pixels
 
 
@@ -36,8 +37,9 @@ class Samples:
         self._wanted, self._base, self._text_encoder = lease.recipe.validate_, base, text_encoder
         self._rank, self._world, self._device = batches.rank, batches.world, batches.device
         self._ids = torch.tensor(lease.sample_ids, device=self._device)
-        self._table = sampler_table("ddim", self._wanted.steps, base.scheduler)
-        self._schedule = NoiseSchedule.from_config(base.scheduler)
+        scheduler = trained_scheduler(base.scheduler, lease.recipe.train.objective)
+        self._table = sampler_table("ddim", self._wanted.steps, scheduler)
+        self._schedule = NoiseSchedule.from_config(scheduler)
         self._shape = (base.latent_channels, base.latent_size, base.latent_size)
         self._vae: nn.Module | None = None  # rank 0 loads it when it draws first
 
@@ -84,7 +86,7 @@ class Samples:
         guided = scale != 1.0
         prompts = [1 + prompt for prompt, _ in cells]
         states = text[[0] * len(cells) + prompts if guided else prompts]
-        x0 = torch.zeros_like(x)
+        kept = x.new_zeros(len(x), MEMORY, *self._shape)
         for t, alpha, coefficients in zip(
             self._table.timesteps, self._table.alphas, torch.from_numpy(self._table.coefficients), strict=True
         ):
@@ -96,5 +98,6 @@ class Samples:
                 without, conditioned = output.chunk(2)
                 output = without + scale * (conditioned - without)
             clean = self._schedule.clean(output, x, torch.full((len(x),), alpha, device=self._device))
-            x, x0 = advance(x, clean, x0, torch.zeros_like(x), coefficients.expand(len(x), 4)), clean
+            matrix = coefficients.expand(len(x), *coefficients.shape)
+            x, kept = advance(x, clean, kept, torch.zeros_like(x), matrix)
         return x

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 
 from cluster.errors import UserError
+from training.recipe import Objective
 
 PredictionType = Literal["epsilon", "v_prediction"]
 
@@ -46,6 +47,11 @@ class NoiseSchedule:
         if scheduler.get("rescale_betas_zero_snr", False):
             betas = _zero_terminal_snr(betas)
         return cls(torch.cumprod(1.0 - betas, dim=0), prediction_type)
+
+    @property
+    def snr(self) -> torch.Tensor:
+        """[T] float32: the signal's variance over the noise's at each timestep."""
+        return self.alphas_cumprod / (1.0 - self.alphas_cumprod)
 
     @property
     def num_timesteps(self) -> int:
@@ -80,6 +86,24 @@ class NoiseSchedule:
     def _alpha(self, t: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         """a_t [B, 1, 1, 1] with the type and device of `like`."""
         return self.alphas_cumprod.to(like)[t].reshape(-1, 1, 1, 1)
+
+
+def trained_scheduler(scheduler: Mapping[str, Any], objective: Objective) -> Mapping[str, Any]:
+    """The scheduler config that a run trains with, and its artifact is drawn with: the base's, or a stretched one.
+
+    Raises:
+        UserError: A base that predicts the noise is to be shown nothing but noise, of which it learns nothing.
+    """
+    if not objective.zero_terminal_snr:
+        return scheduler
+    if scheduler.get("prediction_type", "epsilon") != "v_prediction":
+        raise UserError(
+            "train.objective.zero_terminal_snr cannot be had with this base",
+            "it predicts the noise, which says nothing of the image where nothing but noise is left",
+            "leave it out, or use a base that predicts velocity",
+        )
+    # the last timestep has to be asked for, or nothing of this shows
+    return {**scheduler, "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
 
 
 def _factors(alpha: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -5,7 +5,7 @@ between two steps. A row's bits depend on its request, on what it wears and on W
 on when it joined: the UNet always sees W rows, each prompt is encoded alone, and each image decoded alone. Whoever
 would rather have an image soon than always the same to the bit gets narrower passes while there are few rows.
 
-W rows of a forward, C latent channels, H W latent size, L tokens, D text width.
+W rows of a forward, K latents that a sampler remembers, C latent channels, H W latent size, L tokens, D text width.
 """
 
 import threading
@@ -21,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from training.denoising import MEMORY, SamplerTable, advance
 from training.outfit import PLAIN, Outfit, Weights, read_outfit
 from training.pipeline import (
     BaseInfo,
@@ -35,7 +36,7 @@ from training.pipeline import (
 )
 from training.request import FORWARD_ROWS, DrawRequest
 from training.row_linear import RowAdapters
-from training.samplers import SamplerTable, advance, sampler_table
+from training.samplers import sampler_table
 from training.schedule import NoiseSchedule
 
 # Parameters of a UNet below which threads wait for each other longer than they work (pocket: 10 s on two, 3 s on one)
@@ -55,6 +56,8 @@ class Row:
     """[C, H, W] latents."""
     x0: torch.Tensor
     """[C, H, W]: the clean latents that the model implied in the last step."""
+    kept: torch.Tensor
+    """[K, C, H, W]: what its sampler remembers."""
     step: int = 0
     texts: list[torch.Tensor] = field(default_factory=list)
     """Hidden states [1, L, D] of its forward rows: of the negative prompt, if it is guided, and of the prompt."""
@@ -116,8 +119,8 @@ class Studio:
         """What rows of an artifact wear; raises as `read_outfit`. Any thread may call it."""
         return read_outfit(self.base, self.models, self._pristine, folder, manifest)
 
-    def check(self, request: DrawRequest) -> SamplerTable:
-        """The steps of an image, if it can be drawn. Any thread may call it.
+    def check(self, request: DrawRequest, outfit: Outfit = PLAIN) -> SamplerTable:
+        """The steps of an image in an outfit, if it can be drawn. Any thread may call it.
 
         Raises:
             UserError: A prompt is too long, the sampler cannot do what is asked, or the size cannot be had.
@@ -125,11 +128,12 @@ class Studio:
         for prompt in (request.prompt, request.negative_prompt):
             self._ids(prompt)
         request.check_size(self.base.image_size, self.base.vae_factor)
-        return sampler_table(request.sampler, request.steps, self.base.scheduler, request.eta)
+        scheduler = outfit.scheduler or self.base.scheduler
+        return sampler_table(request.sampler, request.steps, scheduler, request.eta)
 
     def row(self, request: DrawRequest, outfit: Outfit) -> Row:
         """An image before its first step; raises as `check`."""
-        table = self.check(request)
+        table = self.check(request, outfit)
         height, width = (side or self.base.image_size for side in (request.height, request.width))
         factor = self.base.vae_factor
         shape = (self.base.latent_channels, height // factor, width // factor)
@@ -137,7 +141,7 @@ class Studio:
         x = torch.randn(shape, generator=generator).to(self.device)
         if table.start != 1.0:
             x = x * table.start
-        return Row(request, outfit, table, generator, x, torch.zeros_like(x))
+        return Row(request, outfit, table, generator, x, torch.zeros_like(x), x.new_zeros(MEMORY, *shape))
 
     @torch.inference_mode()
     def step(self, rows: Sequence[Row]) -> None:
@@ -167,10 +171,10 @@ class Studio:
         coefficients = torch.tensor(
             np.stack([row.table.coefficients[row.step] for row in rows]), dtype=torch.float32
         )
-        previous = torch.stack([row.x0 for row in rows])
-        x = advance(x, x0, previous, noise, coefficients.to(self.device))
+        kept = torch.stack([row.kept for row in rows])
+        x, kept = advance(x, x0, kept, noise, coefficients.to(self.device))
         for i, row in enumerate(rows):
-            row.x, row.x0, row.step = x[i], x0[i], row.step + 1
+            row.x, row.x0, row.kept, row.step = x[i], x0[i], kept[i], row.step + 1
 
     @torch.inference_mode()
     def rest(self) -> None:

@@ -353,3 +353,12 @@ def test_reading_a_manifest_needs_no_torch_and_no_ray() -> None:
     script = "import sys, orchestrator.manifest; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
     assert not re.search(r"\b(torch|ray|pyarrow|diffusers)\b", loaded)
+
+
+def test_a_folder_in_kohyas_style_says_its_word_and_its_class(tmp_path: Path) -> None:
+    from orchestrator.folders import subject_in
+
+    assert subject_in("10_ohwx dog") == {"name": "ohwx-dog", "identifier": "ohwx", "class": "dog"}
+    assert subject_in("3_zwx teddy bear")["class"] == "teddy bear"
+    for plain in ("rex", "10_rex", "my dog", "10 ohwx dog"):
+        assert subject_in(plain).keys() == {"name"}

@@ -52,3 +52,67 @@ def test_what_decides_the_best_checkpoint_decides_the_weights_when_it_is_publish
     assert best != prepared("train.load_best_at_end=true", "checkpoint.every=60").fingerprint
     assert best != prepared("train.load_best_at_end=true", "validate.samples=4").fingerprint
     assert best == prepared("train.load_best_at_end=true", "validate.num_images=3").fingerprint
+
+
+def test_a_mask_travels_with_its_photo_and_decides_what_is_trained(
+    prepared: Callable[..., Prepared], tmp_path: Path
+) -> None:
+    plain, folder = prepared(), tmp_path / "rex"
+    assert plain.masks is None
+    with pytest.raises(UserError, match=r"0\.png has no mask"):
+        prepared("train.objective.mask=files")
+    shown = np.zeros((40, 50), np.uint8)
+    shown[:, :25] = 255
+    for seed in range(3):
+        Image.fromarray(shown).save(folder / f"{seed}-masklabel.png")
+    assert prepared().fingerprint == plain.fingerprint  # a mask is no photo
+    assert "a mask" in prepared().notes[0]
+    masked = prepared("train.objective.mask=files", "data.flip=true")
+    assert masked.masks is not None and masked.masks.shape == (6, 8, 8)
+    assert masked.masks[0, :, 0].min() == 1 and masked.masks[0, :, -1].max() == 0
+    assert np.array_equal(masked.masks[1], masked.masks[0][:, ::-1])
+    assert masked.photos.key == plain.photos.key
+    Image.fromarray(255 - shown).save(folder / "1-masklabel.png")
+    other = prepared("train.objective.mask=files", "data.flip=true")
+    assert other.fingerprint != masked.fingerprint
+    Image.fromarray(shown[:, :40]).save(folder / "1-masklabel.png")
+    with pytest.raises(UserError, match=r"40x40, the photo is 50x40"):
+        prepared("train.objective.mask=files")
+
+
+def test_what_is_transparent_may_be_left_out(prepared: Callable[..., Prepared], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="has no transparency"):
+        prepared("train.objective.mask=alpha")
+    for seed in range(3):
+        pixels = np.random.default_rng(seed).integers(0, 256, (40, 40, 4), dtype=np.uint8)
+        pixels[..., 3] = 0
+        pixels[:20, :, 3] = 255
+        Image.fromarray(pixels, "RGBA").save(tmp_path / "rex" / f"{seed}.png")
+    masks = prepared("train.objective.mask=alpha").masks
+    assert masks is not None and masks[0, 0].min() == 1 and masks[0, -1].max() == 0
+    pixels[..., 3] = 0
+    Image.fromarray(pixels, "RGBA").save(tmp_path / "rex" / "2.png")
+    with pytest.raises(UserError, match=r"mask of 2\.png is empty"):
+        prepared("train.objective.mask=alpha")
+
+
+def test_photos_may_have_captions_of_their_own(prepared: Callable[..., Prepared], tmp_path: Path) -> None:
+    plain = prepared()
+    assert plain.caption_ids == []
+    with pytest.raises(UserError, match="no photo has a caption"):
+        prepared("train.captions=files")
+    (tmp_path / "rex" / "0.txt").write_text("asleep on a sofa\n")
+    (tmp_path / "rex" / "1.txt").write_text("{subject} in  snow")
+    assert any("skipped 0.txt" in note for note in prepared().notes)
+    run = prepared("train.captions=files")
+    assert run.notes[0] == "2.png has no caption, so it has the prompt that all share"
+    assert len(run.caption_ids) == 3 and run.caption_ids[2] == run.subject_ids
+    assert run.fingerprint != plain.fingerprint
+    (tmp_path / "rex" / "1.txt").write_text("{subject} in rain")
+    assert prepared("train.captions=files").fingerprint != run.fingerprint
+    (tmp_path / "rex" / "1.txt").write_text("{breed} in rain")
+    with pytest.raises(UserError):
+        prepared("train.captions=files")
+    with pytest.raises(UserError, match=r"train\.templates takes no effect"):
+        prepared("train.captions=files", "train.templates=['{subject}']")
+    assert len(prepared("train.templates=['{subject}', 'my {subject}']").caption_ids) == 2

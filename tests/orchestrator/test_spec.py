@@ -1,5 +1,6 @@
 """This file is where the way from YAML, flags and `--set` to a run is tested, and what people read when it fails."""
 
+import json
 import re
 import subprocess
 import sys
@@ -9,7 +10,10 @@ from typing import Any
 import pytest
 
 from cluster.errors import UserError
+from cluster.storage import sha256
 from orchestrator.spec import load_run, parse_run, run_schema
+from training.decisive import decisive
+from training.recipe import Run, with_defaults
 
 SUBJECT: dict[str, Any] = {"subject": {"name": "rex", "class": "dog", "images": ["./rex"]}}
 
@@ -125,7 +129,7 @@ def test_paths_in_a_file_are_relative_to_the_file_and_those_of_flags_are_not(tmp
             "data.zzz=1",
             "data.zzz is not a setting",
             "it was given 1",
-            "known are crop, flip, holdout, variants",
+            "known are color, crop, flip, holdout, variants",
         ),
         (
             "train.method=lra",
@@ -268,3 +272,35 @@ def test_reading_a_spec_needs_no_torch_and_no_ray() -> None:
     script = "import sys, orchestrator.spec; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
     assert not re.search(r"\b(torch|ray|pyarrow|diffusers)\b", loaded)
+
+
+@pytest.mark.parametrize(
+    ("raw", "fingerprint"),
+    [
+        ({}, "d4b66a503e131fc1"),
+        ({"base": {"model": "x"}}, "7c4a05741cd7d791"),
+        ({"train": {"method": "full", "seed": 3}, "data": {"flip": True}}, "36bb95af5ad52748"),
+    ],
+)
+def test_settings_that_came_later_change_nothing_about_what_an_earlier_recipe_decides(
+    raw: dict[str, Any], fingerprint: str
+) -> None:
+    subject = {"name": "rex", "class": "dog", "images": ["x"]}
+    run = Run.model_validate(with_defaults({"subject": subject, **raw}))
+    assert sha256(json.dumps(decisive(run), sort_keys=True).encode())[:16] == fingerprint
+
+
+def test_settings_that_came_later_decide_where_they_are_used() -> None:
+    subject = {"name": "rex", "class": "dog", "images": ["x"]}
+    runs = [
+        Run.model_validate({"subject": subject, **raw})
+        for raw in ({}, {"prior": {"target": "base"}}, {"train": {"objective": {"offset_noise": 0.1}}})
+    ]
+    assert len({json.dumps(decisive(run), sort_keys=True) for run in runs}) == 3
+
+
+def test_an_objectives_setting_that_takes_no_effect_is_refused() -> None:
+    error = refusal("train.objective.snr_gamma=1")
+    assert "snr_gamma" in str(error) and "leave it out" in str(error)
+    assert "huber_c" in str(refusal("train.objective.huber_c=0.2"))
+    assert load_run(None, SUBJECT, ["train.objective.weighting=min_snr", "train.objective.snr_gamma=1"])

@@ -9,8 +9,13 @@ import pytest
 import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
+from diffusers.schedulers.scheduling_euler_ancestral_discrete import EulerAncestralDiscreteScheduler
 from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
+from diffusers.schedulers.scheduling_lcm import LCMScheduler
+from diffusers.schedulers.scheduling_pndm import PNDMScheduler
+from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -93,7 +98,16 @@ def test_the_pristine_base_draws_what_stock_diffusers_draws(
 
 
 @pytest.mark.parametrize(
-    ("sampler", "scheduler"), [("dpm++2m", DPMSolverMultistepScheduler), ("euler", EulerDiscreteScheduler)]
+    ("sampler", "scheduler"),
+    [
+        ("dpm++2m", DPMSolverMultistepScheduler),
+        ("euler", EulerDiscreteScheduler),
+        ("euler-a", EulerAncestralDiscreteScheduler),
+        ("plms", PNDMScheduler),
+        ("unipc", UniPCMultistepScheduler),
+        ("ddpm", DDPMScheduler),
+        ("lcm", LCMScheduler),
+    ],
 )
 def test_other_samplers_draw_what_stock_diffusers_draws(
     tiny_base: Path, sampler: Any, scheduler: Any
@@ -102,7 +116,8 @@ def test_other_samplers_draw_what_stock_diffusers_draws(
         [DrawRequest(PROMPT, 7, steps=8, guidance=5.0, sampler=sampler)]
     )
     pipe = StableDiffusionPipeline.from_pretrained(tiny_base)
-    pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
+    multistep = {"skip_prk_steps": True} if sampler == "plms" else {}  # as in every base that comes with it
+    pipe.scheduler = scheduler.from_config(pipe.scheduler.config, **multistep)
     assert_same_picture(ours, stock_images(pipe, [7], num_inference_steps=8, guidance_scale=5.0))
 
 

@@ -173,3 +173,24 @@ def test_auto_precision_on_a_cpu_is_fp32_whatever_gpu_the_machine_has() -> None:
     cpu = torch.device("cpu")
     assert compute_type(Engine(), cpu) is None
     assert compute_type(Engine(precision="bf16"), cpu) is torch.bfloat16
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_a_text_encoder_stays_as_it_is_after_the_step_it_is_stopped_at(
+    make_lease: Callable[..., Lease],
+    make_batches: Callable[..., Batches],
+    resident: ResidentBase,
+    stage: int,
+) -> None:
+    train = {**FULL, "steps": 4, "text_encoder": {"train": True, "lr": 1e-3, "stop_after": 2}}
+    lease = make_lease(resident, train=train)
+    rig = Rig(lease, resident, make_batches(lease, resident), stage)
+    after: list[dict[str, torch.Tensor]] = []
+    for step in range(1, 4):
+        rig.steps(step - 1, step)
+        after.append({name: p.detach().clone() for name, p in rig.engine.state(step).parameters.items()})
+    rig.engine.close()
+    text = [name for name in after[0] if name.startswith("text_encoder.")]
+    assert any(not torch.equal(after[0][n], after[1][n]) for n in text)
+    assert all(torch.equal(after[1][n], after[2][n]) for n in text)
+    assert any(not torch.equal(after[1][n], after[2][n]) for n in after[0] if n.startswith("unet."))

@@ -355,3 +355,39 @@ def test_photos_in_an_object_store_are_those_in_a_folder(
     monkeypatch.setattr("training.intake.read", pytest.fail)  # what is too large is not even downloaded
     with pytest.raises(UserError, match="is too large"):
         read_photos([remote.full("rex")], SIZE)
+
+
+# -- what looks the same, and other light ------------------------------------------------------------------
+
+
+def _scene(seed: int, size: int = 64) -> Image.Image:
+    """Soft spots of light, as a photo has."""
+    generator = np.random.default_rng(seed)
+    small = generator.integers(0, 256, (6, 6, 3), dtype=np.uint8)
+    return Image.fromarray(small).resize((size, size), Image.Resampling.BICUBIC)
+
+
+def test_a_photo_that_was_saved_again_is_told_and_another_one_is_not(tmp_path: Path) -> None:
+    _scene(1).save(tmp_path / "a.png")
+    _scene(2).save(tmp_path / "b.png")
+    _scene(1).save(tmp_path / "c.jpg", quality=85)
+    _scene(1).resize((100, 100), Image.Resampling.BICUBIC).save(tmp_path / "d.png")
+    notes = read_photos([str(tmp_path)], 64).notes
+    assert [note.partition(":")[0] for note in notes] == [
+        "a.png and c.jpg look the same",
+        "a.png and d.png look the same",
+        "c.jpg and d.png look the same",
+    ]
+
+
+def test_variants_may_differ_in_light_and_the_first_does_not(tmp_path: Path) -> None:
+    _scene(1).save(tmp_path / "a.png")
+    [photo] = read_photos([str(tmp_path)], 64).photos
+    plain = crops(photo.png, 64, Data(variants=3, flip=True))
+    lit = crops(photo.png, 64, Data(variants=3, flip=True, color=0.2))
+    assert np.array_equal(plain[0], lit[0]) and np.array_equal(plain[1], lit[1])
+    apart = [np.abs(a.astype(int) - b).mean() for a, b in zip(plain[2:], lit[2:], strict=True)]
+    assert min(apart) > 1 and max(apart) < 60
+    assert not np.array_equal(lit[2], lit[4]) and np.array_equal(lit[3], lit[2][:, ::-1])
+    again = crops(photo.png, 64, Data(variants=3, flip=True, color=0.2))
+    assert all(np.array_equal(a, b) for a, b in zip(lit, again, strict=True))

@@ -1,14 +1,16 @@
 """Adapters start as nothing, come back whole, and do not depend on anything but the seed."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from cluster.errors import SystemFailure, UserError
-from training.lora import FILE, attach, read_lora, save_lora
+from training.lora import CHANGED, FILE, attach, read_lora, save_changed, save_lora
+from training.lora_algebra import merge
 from training.pipeline import load_text_encoder, load_unet, open_base, predict
 from training.recipe import Lora
 
@@ -74,6 +76,58 @@ def test_what_is_saved_comes_back(tiny_base: Path, tmp_path: Path, train_text: b
             n: p.tolist() for n, p in written.items()
         }
         assert {factors.scale for factors in found.get(part, {}).values()} <= {0.5}
+
+
+def test_dora_trains_lengths_too_and_comes_back_as_what_was_computed(tiny_base: Path, tmp_path: Path) -> None:
+    unet, text_encoder = models(tiny_base)
+    pristine = {name: p.clone() for name, p in unet.named_parameters()}
+    before, lora = output(unet), Lora(rank=4, alpha=2.0, dora=True, targets=("to_q", "conv1"))
+    attach(unet, text_encoder, lora, train_text=False, seed=3)
+    assert torch.allclose(output(unet), before, atol=1e-5)
+    assert sum("magnitude" in name for name, p in unet.named_parameters() if p.requires_grad) > 2
+    for name, p in adapters(unet).items():
+        if "magnitude" in name:
+            p.data.mul_(1.3)
+        else:
+            nn.init.normal_(p, std=0.2)
+    trained = output(unet)
+    save_lora(unet, None, tmp_path, lora)
+    weights = merge({f"unet.{name}": p for name, p in pristine.items()}, read_lora(tmp_path))
+    fresh, _ = models(tiny_base)
+    fresh.load_state_dict({name.removeprefix("unet."): p for name, p in weights.items()})
+    assert torch.allclose(output(fresh), trained, atol=1e-4) and not torch.allclose(
+        trained, before, atol=1e-2
+    )
+
+
+@pytest.mark.parametrize("kind", ["lokr", "oft"])
+def test_other_kinds_start_as_nothing_and_come_back_as_the_weights_that_they_make(
+    tiny_base: Path, tmp_path: Path, kind: Any
+) -> None:
+    unet, text_encoder = models(tiny_base)
+    pristine = {name: p.clone() for name, p in unet.named_parameters()}
+    before, lora = output(unet), Lora(rank=4, kind=kind)
+    starts = []
+    for seed in (3, 3, 4):
+        torch.manual_seed(len(starts))
+        unet, text_encoder = models(tiny_base)
+        attach(unet, text_encoder, lora, train_text=False, seed=seed)
+        starts.append({name: p.clone() for name, p in unet.named_parameters() if p.requires_grad})
+    assert torch.allclose(output(unet), before, atol=1e-5) and starts[0]
+    assert all(torch.equal(starts[0][name], starts[1][name]) for name in starts[0])
+    assert kind == "oft" or any(not torch.equal(starts[0][name], starts[2][name]) for name in starts[0])
+    for p in unet.parameters():
+        if p.requires_grad:
+            nn.init.normal_(p, std=0.1)
+    trained = output(unet)
+    save_changed(unet, None, tmp_path)
+    assert torch.equal(output(unet), trained)  # nothing was merged into what goes on
+    changed = {n.removeprefix("unet."): p for n, p in load_file(tmp_path / CHANGED).items()}
+    fresh, _ = models(tiny_base)
+    fresh.load_state_dict({**pristine, **changed})
+    assert torch.allclose(output(fresh), trained, atol=1e-4) and not torch.allclose(
+        trained, before, atol=1e-2
+    )
 
 
 def test_a_target_that_names_nothing_is_refused(tiny_base: Path) -> None:

@@ -55,6 +55,7 @@ def artifacts(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
         "text": {"method": "lora", "lora": {"rank": 4}, "text_encoder": {"train": True}},
         "conv": {"method": "lora", "lora": {"rank": 4, "targets": ["to_q", "conv1"]}},
         "full": {"method": "full"},
+        "dora": {"method": "lora", "lora": {"rank": 4, "targets": ["to_q", "conv1"], "dora": True}},
     }
     return {
         name: write(tiny_base, root / name, seed, **train) for seed, (name, train) in enumerate(kinds.items())
@@ -84,15 +85,25 @@ MIXED: list[tuple[str, DrawRequest]] = [
     ("text", DrawRequest(PROMPT, 10, steps=6, guidance=2.0, sampler="dpm++2m")),
     ("small", DrawRequest("a cat", 11, steps=4, guidance=1.0, eta=1.0)),
 ]
+# a second batch: those that remember most, and those that draw noise
+REMEMBERING: list[tuple[str, DrawRequest]] = [
+    ("small", DrawRequest(PROMPT, 7, steps=5, guidance=1.0, sampler="plms")),
+    ("large", DrawRequest(PROMPT, 8, "snow", steps=5, guidance=3.0, sampler="unipc")),
+    ("base", DrawRequest("a red clock", 9, steps=4, guidance=1.0, sampler="ddpm")),
+    ("base", DrawRequest("a cat", 10, steps=3, guidance=1.0, sampler="lcm")),
+    ("text", DrawRequest(PROMPT, 11, steps=6, guidance=1.0, sampler="euler-a")),
+    ("small", DrawRequest(PROMPT, 12, steps=4, guidance=2.0)),
+]
 
 
+@pytest.mark.parametrize("asked", [MIXED, REMEMBERING], ids=["mixed", "remembering"])
 def test_a_rows_bits_depend_neither_on_its_neighbours_nor_on_when_it_joined(
-    studio: Studio, artifacts: dict[str, Path]
+    studio: Studio, artifacts: dict[str, Path], asked: list[tuple[str, DrawRequest]]
 ) -> None:
     wear = outfits(studio, artifacts)
-    alone = [drawn(studio, studio.row(request, wear[name]))[0] for name, request in MIXED]
-    together = drawn(studio, *(studio.row(request, wear[name]) for name, request in MIXED))
-    late = [studio.row(request, wear[name]) for name, request in MIXED]
+    alone = [drawn(studio, studio.row(request, wear[name]))[0] for name, request in asked]
+    together = drawn(studio, *(studio.row(request, wear[name]) for name, request in asked))
+    late = [studio.row(request, wear[name]) for name, request in asked]
     for start in range(len(late)):  # one more joins at every step, from the last to the first
         studio.step([row for row in late[-1 - start :] if not row.done])
     for one, among, other in zip(alone, together, drawn(studio, *late), strict=True):
@@ -111,7 +122,7 @@ def test_a_rank_that_another_subject_brought_changes_no_bits(
     assert torch.equal(before, after)
 
 
-@pytest.mark.parametrize("name", ["small", "large", "text", "conv", "full"])
+@pytest.mark.parametrize("name", ["small", "large", "text", "conv", "full", "dora"])
 def test_a_row_among_others_is_stock_diffusers_image(
     studio: Studio, artifacts: dict[str, Path], tiny_base: Path, name: str
 ) -> None:

@@ -1,0 +1,32 @@
+"""This file is where it is told what of a recipe decides the tensors: the part that a run's fingerprint is made of."""
+
+from typing import Any
+
+from training.recipe import TRAINED_SECTIONS, Recipe
+
+# Settings that came after the first release: at its default one is left out of what decides, and so no fingerprint of
+# an earlier run changes.
+LATER = (
+    "prior.target",
+    "data.color",
+    "train.lora.kind",
+    "train.lora.dora",
+    "train.text_encoder.stop_after",
+    "train.objective",
+    "train.templates",
+    "train.captions",
+)
+
+
+def decisive(run: Recipe) -> dict[str, Any]:
+    """What of a recipe decides the tensors, as JSON values; the same as ever for settings that were there ever."""
+    kept: dict[str, Any] = run.model_dump(mode="json", by_alias=True, include=set(TRAINED_SECTIONS))
+    plain = Recipe().model_dump(mode="json", by_alias=True)
+    for path in LATER:
+        *sections, name = path.split(".")
+        ours, theirs = kept, plain
+        for section in sections:
+            ours, theirs = ours[section], theirs[section]
+        if ours[name] == theirs[name]:
+            del ours[name]
+    return kept
