@@ -13,6 +13,7 @@ import typer
 from orchestrator.cli_batch import batch
 from orchestrator.cli_campaign import app as campaign_app
 from orchestrator.cli_draw import demo, generate
+from orchestrator.cli_evaluate import evaluate
 from orchestrator.cli_inspect import inspect
 from orchestrator.cli_keys import app as keys_app
 from orchestrator.cli_prior import app as prior_app
@@ -51,6 +52,7 @@ app.command()(train)
 app.command()(generate)
 app.command()(inspect)
 app.command()(batch)
+app.command()(evaluate)
 app.command()(serve)
 app.add_typer(campaign_app, name="campaign")
 app.add_typer(subjects_app, name="subjects")

@@ -219,6 +219,23 @@ def erase(uri: str, subject: str) -> list[str]:
     return removed
 
 
+def keep_evaluation(
+    uri: str, run_id: str, figures: Mapping[str, float], documents: Mapping[str, bytes]
+) -> None:
+    """Log the scores of an evaluation (`eval/...`) and its documents, by file name, with the run of a version."""
+    from mlflow import MlflowClient
+    from mlflow.entities import Metric
+
+    client, now_ms = MlflowClient(tracking_uri=uri, registry_uri=uri), int(time.time() * 1000)
+    client.log_batch(
+        run_id, metrics=[Metric(f"eval/{key}", value, now_ms, 0) for key, value in figures.items()]
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        for name, data in documents.items():
+            (Path(scratch) / name).write_bytes(data)
+        client.log_artifacts(run_id, scratch, "evaluation")
+
+
 def mirror_alias(uri: str, name: str, number: str) -> None:
     """Move MLflow's alias `champion` of a subject to a version number."""
     from mlflow import MlflowClient
