@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from json import loads
 from math import ceil
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -29,6 +29,9 @@ SHARD_S = 60.0  # seconds after which they do anyway: what a killed process draw
 Subject = tuple[str, str]  # name and version
 Look = Callable[[], tuple[BaseInfo, list[Image]]]
 """Finds out what is wanted of a subject and what base draws it; raises a `RayboothError` when it cannot be drawn."""
+OpenRay = Callable[[], AbstractContextManager[None]]
+"""Opens Ray around the drawing, once there is something to draw."""
+_T = TypeVar("_T")
 
 
 @dataclass
@@ -69,7 +72,7 @@ def draw_batch(
     pool: Pool,
     stages: Stages,
     form: str = "png",
-    ray: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ray: OpenRay = nullcontext,
 ) -> BatchResult:
     """Draw what is missing of every subject's images; killed at any moment and called again, it goes on.
 
@@ -104,7 +107,7 @@ def draw_asked(
     pool: Pool,
     stages: Stages,
     form: str = "png",
-    ray: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ray: OpenRay = nullcontext,
     sheets: bool = True,
 ) -> BatchResult:
     """`draw_batch` of images that are not the same of every subject, and with `sheets` off without contact sheets."""
@@ -157,11 +160,8 @@ def run_batch(
 
 
 def with_pool(
-    storage: Storage,
-    actors: int | None,
-    address: str | None,
-    draw: Callable[[Pool, Callable[[], AbstractContextManager[None]]], BatchResult],
-) -> BatchResult:
+    storage: Storage, actors: int | None, address: str | None, draw: Callable[[Pool, OpenRay], _T]
+) -> _T:
     """What `draw` returns, given actors to draw with and a session to enter once there is something to draw.
 
     Args:
@@ -175,7 +175,7 @@ def with_pool(
     """
     joined = resolve_address(address) is not None
 
-    def drawn(gpus: int) -> BatchResult:
+    def drawn(gpus: int) -> _T:
         pool = Pool(actors or max(gpus, 1), gpus=1.0 if gpus else 0.0)
         if gpus and pool.actors > gpus and not joined:  # a cluster may grow
             raise UserError(f"--actors {pool.actors} wants a GPU each", f"there are {gpus}", "lower it")
@@ -198,9 +198,7 @@ class _Batch:
         self.result = BatchResult()
         self.bases: dict[str, BaseInfo] = {}  # by revision
 
-    def run(
-        self, asked: Mapping[Subject, Look], ray: Callable[[], AbstractContextManager[None]]
-    ) -> BatchResult:
+    def run(self, asked: Mapping[Subject, Look], ray: OpenRay) -> BatchResult:
         result, everything = self.result, []
         entries: dict[str, Entry] = {}
         with self.stages.stage("reading what is there", len(asked)) as stage:

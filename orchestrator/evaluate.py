@@ -1,8 +1,7 @@
 """This file is where registered subjects are evaluated: images drawn, scored, and the scores kept and shown."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 
@@ -11,7 +10,7 @@ from cluster.machine import sees_gpu
 from cluster.objects import StorageError
 from cluster.registry import Registry
 from cluster.storage import Storage
-from orchestrator.batch import BatchResult, Look, draw_asked, with_pool
+from orchestrator.batch import BatchResult, Look, OpenRay, draw_asked, with_pool
 from orchestrator.critic import Critic, Picture
 from orchestrator.embedders import DEFAULTS, Embedder, decoded, open_embedder
 from orchestrator.evaluation import IMAGES, Evaluated, Evaluation, Settings, Subject, evaluation_path
@@ -58,17 +57,29 @@ def evaluate(
         SystemFailure: A worker failed, or storage cannot be written.
     """
 
-    def draw(pool: Pool, ray: Callable[[], AbstractContextManager[None]]) -> BatchResult:
-        return draw_subjects(storage, sitters, settings, stages, pool, ray)
+    return with_pool(
+        storage,
+        actors,
+        address,
+        lambda pool, ray: evaluate_with(storage, subjects, settings, stages, pool, ray),
+    )
 
-    sitters, failed = _sitters(storage, subjects, settings)
+
+def evaluate_with(
+    storage: Storage,
+    subjects: Sequence[Subject],
+    settings: Settings,
+    stages: Stages,
+    pool: Pool,
+    ray: OpenRay,
+) -> Evaluated:
+    """`evaluate` with actors, and a session to enter, that are the caller's."""
     settings.wanted(()).check()
-    if not sitters and failed:
-        raise next(iter(failed.values()))
+    sitters, failed = _sitters(storage, subjects, settings)
     for sitter in sitters.values():  # before anything is drawn
         _embedders(sitter, settings)
-    drawn = with_pool(storage, actors, address, draw)
-    return score_subjects(storage, sitters, failed, settings, stages, drawn)
+    drawn = _draw(storage, sitters, settings, stages, pool, ray)
+    return _score(storage, sitters, failed, settings, stages, drawn)
 
 
 @dataclass(frozen=True)
@@ -129,13 +140,13 @@ def _sitter(storage: Storage, name: str, version: str, settings: Settings) -> Si
     return Sitter(name, version, noun, model, revision, guidance, set_name, prompts, photos)
 
 
-def draw_subjects(
+def _draw(
     storage: Storage,
     sitters: Mapping[Subject, Sitter],
     settings: Settings,
     stages: Stages,
     pool: Pool,
-    ray: Callable[[], AbstractContextManager[None]],
+    ray: OpenRay,
 ) -> BatchResult:
     """Draw what an evaluation needs: each subject, its class by the same weights, and the class by the base, once."""
     asked: dict[Subject, Look] = {}
@@ -156,7 +167,7 @@ def _of_base(sitter: Sitter, settings: Settings, device: str) -> Wants:
     return base, pristine_images(base, sitter.class_noun, wanted, sitter.guidance, device)
 
 
-def score_subjects(
+def _score(
     storage: Storage,
     sitters: Mapping[Subject, Sitter],
     failed: Mapping[Subject, RayboothError],

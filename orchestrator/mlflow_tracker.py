@@ -156,8 +156,8 @@ class MlflowTracker:
             self.client.set_tag(self.run_id, NOTE_TAG, (reason or "")[:5000])
         self.client.set_terminated(self.run_id, _STATUS.get(state, "FAILED"))
 
-    def register(self, name: str, version: str, storage: Storage, path: str) -> str:
-        """Register a published artifact as a model version with the alias `champion`.
+    def register(self, name: str, version: str, storage: Storage, path: str, alias: str) -> str:
+        """Register a published artifact as a model version with an alias.
 
         Returns:
             MLflow's number of the version.
@@ -178,7 +178,7 @@ class MlflowTracker:
         before = self.client.search_model_versions(f"run_id='{self.run_id}'")
         made = before[0] if before else self.client.create_model_version(name, source, self.run_id, tags=tags)
         number = str(made.version)
-        self.client.set_registered_model_alias(name, CHAMPION, number)
+        self.client.set_registered_model_alias(name, alias, number)
         return number
 
 

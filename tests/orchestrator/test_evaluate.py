@@ -2,6 +2,8 @@
 
 import json
 import random
+import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +13,16 @@ import typer.main
 from PIL import Image
 
 from cluster.errors import UserError
-from cluster.registry import Registry
+from cluster.registry import CANDIDATE, Registry
 from cluster.storage import Storage
+from orchestrator.campaign_settings import Gate
 from orchestrator.cli import app
 from orchestrator.cli_evaluate import choose, read_settings
 from orchestrator.critic import Critic, Picture
 from orchestrator.embedders import open_embedder
 from orchestrator.evaluation import evaluation_of
+from orchestrator.hold import hold
+from orchestrator.progress import Lines
 from pocket.clip import FOLDER
 from pocket.scenes import SCENES
 from pocket.subject import draw_invented, invent, subject_photos
@@ -28,6 +33,7 @@ from training.lora import attach
 from training.pipeline import load_text_encoder, load_unet, open_base
 from training.png import Pixels
 from training.recipe import Run
+from training.stream import Pool
 
 PROMPTS = ("a photo of {subject} in space", "a photo of {subject} in the city")
 
@@ -125,7 +131,8 @@ def booth(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Storage:
             "recipe": run.model_dump(mode="json", by_alias=True),
         }
         storage.publish(scratch / name, artifact_path(name, "v1"), meta)
-        Registry(storage).add(name, "v1", {"artifact": artifact_path(name, "v1"), "fingerprint": name})
+        entry = {"artifact": artifact_path(name, "v1"), "fingerprint": name}
+        Registry(storage).add(name, "v1", entry, CANDIDATE)
     return storage
 
 
@@ -135,7 +142,7 @@ def test_the_command_scores_what_it_can_draws_once_and_fails_alone(
 ) -> None:
     file = tmp_path / "prompts.txt"
     file.write_text("\n".join(PROMPTS))
-    words = ["evaluate", "rex", "tom@v1", "--prompts", str(file), "-n", "2", "--steps", "2", "--json"]
+    words = ["evaluate", "rex@v1", "tom@v1", "--prompts", str(file), "-n", "2", "--json"]
     words += ["--storage", booth.uri, "--dino", "pocket", "--clip", str(FOLDER)]
     command = typer.main.get_command(app)
 
@@ -159,9 +166,24 @@ def test_the_command_scores_what_it_can_draws_once_and_fails_alone(
     again = run()
     assert again["drawn"] == 0 and again["subjects"][0]["scores"] == rex["scores"]
 
+    # and a gate that asks for the same drawings
+    def held(**demands: float) -> dict:
+        gate = Gate(prompts=PROMPTS, num_images=2, dino_model="pocket", clip_model=str(FOLDER), **demands)
+        versions = [("rex", "v1"), ("tom", "v1")]
+        return hold(booth, gate, versions, Lines(sys.stderr), Pool(), nullcontext)
+
+    dino = rex["scores"]["dino"]["value"]
+    found, registry = held(dino=min(dino + 0.01, 1.0)), Registry(booth)
+    why = {one["name"]: one["objections"][0] for one in found["held_back"]}
+    assert found["passed"] == 0 and f"dino is {dino:.3f}, and " in why["rex"]
+    assert "the photos of tom v1 are not known" in why["tom"]
+    assert registry.show("rex")["aliases"] == {"candidate": "v1"} and registry.served() == {}
+    assert held(dino=-1.0) == found  # what was judged stays so; a person may promote it
+    assert registry.promote("rex", "v1") == "v1" and registry.served() == {"rex": "v1"}
+
 
 def test_names_that_mean_nothing_are_refused(booth: Storage) -> None:
-    assert choose(["rex", "rex@v1", "tom@champion"], booth, "") == [("rex", "v1"), ("tom", "v1")]
+    assert choose(["rex@v1", "tom@candidate", "rex@v1"], booth, "") == [("rex", "v1"), ("tom", "v1")]
     with pytest.raises(UserError, match="there is no subject 'rx'"):
         choose(["rx"], booth, "")
     with pytest.raises(UserError, match="no set of prompts and no file"):
