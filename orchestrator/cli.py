@@ -20,6 +20,7 @@ from orchestrator.cli_prior import app as prior_app
 from orchestrator.cli_serve import serve
 from orchestrator.cli_subjects import app as subjects_app
 from orchestrator.cli_train import doctor, plan, schema, train
+from orchestrator.cli_tune import tune
 
 app = typer.Typer(
     name="raybooth",
@@ -53,6 +54,7 @@ app.command()(generate)
 app.command()(inspect)
 app.command()(batch)
 app.command()(evaluate)
+app.command()(tune)
 app.command()(serve)
 app.add_typer(campaign_app, name="campaign")
 app.add_typer(subjects_app, name="subjects")

@@ -89,6 +89,23 @@ class Scores:
             "images": [asdict(row) for row in self.rows],
         }
 
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "Scores":
+        """The scores of `as_json`."""
+
+        def estimates(key: str) -> dict[str, Estimate]:
+            return {name: Estimate(**found) for name, found in value[key].items()}
+
+        test = {key: value["copy_test"][key] for key in ("threshold", "copies", "others")}
+        return cls(
+            estimates("scores"),
+            estimates("base"),
+            estimates("ceiling"),
+            Estimate(**value["drift"]) if value["drift"] else None,
+            CopyTest(**test),
+            tuple(Row(**row) for row in value["images"]),
+        )
+
 
 @dataclass(frozen=True)
 class _Seen:

@@ -52,6 +52,9 @@ class Lease:
     """Further keys: `fingerprint` and `prior_key` of the artifact's manifest, `subject_names` of the photos."""
     sample_ids: Sequence[Sequence[int]] = ()
     """Token ids of the empty prompt and of each of the sample grid; empty where no grid is drawn."""
+    until: int | None = None
+    """The step after which the run is left, with a checkpoint and a sample grid and without an artifact; another lease
+    goes on with it. `None` trains it to its end."""
 
     @property
     def first(self) -> "Lease":
