@@ -1,6 +1,7 @@
 """This file is where a subject's versions are on record: the one that is served, and how it came to be.
 
-`registry/NAME.json` holds `versions` (what was published), `aliases` (`champion` is served) and `history`,
+`registry/NAME.json` holds `versions` (what was published), `aliases` (`champion` is served, `candidate` waits to be
+judged or was found wanting) and `history`,
 which only grows: the champion is what its replay says, so a rollback knows where to go back to.
 """
 
@@ -13,7 +14,7 @@ from typing import Any
 from cluster.errors import UserError, did_you_mean
 from cluster.storage import Storage
 
-CHAMPION = "champion"
+CHAMPION, CANDIDATE = "champion", "candidate"  # what is served, and what may be once it is judged
 Record = dict[str, Any]
 
 
@@ -95,6 +96,26 @@ class Registry:
             if alias is not None and known is None:
                 _log(record, "add", alias, version)
             self.storage.write_json(_path(name), record)
+
+    def judge(self, name: str, version: str, objections: Sequence[str]) -> bool:
+        """Put on record why a candidate is not served, or make it the champion where there is no objection.
+
+        Returns:
+            Whether it is the champion now. A version that was judged before is left as it is.
+
+        Raises:
+            UserError: There is no such subject or version.
+        """
+        with self._changing(name):
+            version, entry = self.resolve(name, version)
+            record = self.show(name)
+            if "gate" not in entry:
+                verdict = {"passed": not objections, "objections": list(objections), "at": _now()}
+                record["versions"][version]["gate"] = verdict
+                if not objections:
+                    _log(record, "promote", CHAMPION, version)
+                self.storage.write_json(_path(name), record)
+            return bool(record["aliases"].get(CHAMPION) == version)
 
     def promote(self, name: str, version: str) -> str:
         """Make a version the champion; returns the version.

@@ -1,12 +1,13 @@
 """This file is where many subjects are drawn with many prompts: what is there is left, the rest is one stream."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from json import loads
 from math import ceil
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -26,6 +27,11 @@ from training.stream import Pool, draw_grouped
 SHARD = 64  # images that go on record together, and
 SHARD_S = 60.0  # seconds after which they do anyway: what a killed process draws again at most
 Subject = tuple[str, str]  # name and version
+Look = Callable[[], tuple[BaseInfo, list[Image]]]
+"""Finds out what is wanted of a subject and what base draws it; raises a `RayboothError` when it cannot be drawn."""
+OpenRay = Callable[[], AbstractContextManager[None]]
+"""Opens Ray around the drawing, once there is something to draw."""
+_T = TypeVar("_T")
 
 
 @dataclass
@@ -66,7 +72,7 @@ def draw_batch(
     pool: Pool,
     stages: Stages,
     form: str = "png",
-    ray: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ray: OpenRay = nullcontext,
 ) -> BatchResult:
     """Draw what is missing of every subject's images; killed at any moment and called again, it goes on.
 
@@ -88,12 +94,29 @@ def draw_batch(
         SystemFailure: A worker failed, or `out` cannot be written; what is done stays done.
     """
     wanted.check()
+    asked: dict[Subject, Look] = {
+        subject: partial(wanted_images, storage, *subject, wanted, pool.device) for subject in subjects
+    }
+    return draw_asked(storage, out, asked, pool, stages, form, ray)
+
+
+def draw_asked(
+    storage: Storage,
+    out: Storage,
+    asked: Mapping[Subject, Look],
+    pool: Pool,
+    stages: Stages,
+    form: str = "png",
+    ray: OpenRay = nullcontext,
+    sheets: bool = True,
+) -> BatchResult:
+    """`draw_batch` of images that are not the same of every subject, and with `sheets` off without contact sheets."""
     gallery = Gallery(out, form)
     try:
         with out.lock(
             Gallery.LOCK, lambda: stages.note(f"another process draws into {out.uri}: waiting for it")
         ):
-            return _Batch(storage, gallery, wanted, pool, stages).run(subjects, ray)
+            return _Batch(storage, gallery, pool, stages, sheets).run(asked, ray)
     except StorageError as error:
         raise error.failure() from error
 
@@ -124,9 +147,35 @@ def run_batch(
         UserError: There are fewer GPUs than `actors`, or no subject can be drawn for a mistake in what is asked.
         SystemFailure: A worker failed, or `out` cannot be written.
     """
+    result = with_pool(
+        storage,
+        actors,
+        address,
+        lambda pool, ray: draw_batch(storage, out, subjects, wanted, pool, stages, form, ray),
+    )
+    mistakes = [error for error in result.failed.values() if isinstance(error, UserError)]
+    if not result.images and mistakes:
+        raise mistakes[0]
+    return result
+
+
+def with_pool(
+    storage: Storage, actors: int | None, address: str | None, draw: Callable[[Pool, OpenRay], _T]
+) -> _T:
+    """What `draw` returns, given actors to draw with and a session to enter once there is something to draw.
+
+    Args:
+        storage: Root that holds the artifacts.
+        actors: How many draw; `None` is one per GPU, or one without any.
+        address: Ray cluster to join; `None` starts a private one on this machine, and only when it is entered.
+        draw: Draws.
+
+    Raises:
+        UserError: There are fewer GPUs than `actors`.
+    """
     joined = resolve_address(address) is not None
 
-    def draw(gpus: int) -> BatchResult:
+    def drawn(gpus: int) -> _T:
         pool = Pool(actors or max(gpus, 1), gpus=1.0 if gpus else 0.0)
         if gpus and pool.actors > gpus and not joined:  # a cluster may grow
             raise UserError(f"--actors {pool.actors} wants a GPU each", f"there are {gpus}", "lower it")
@@ -134,37 +183,28 @@ def run_batch(
         def ray() -> AbstractContextManager[None]:
             return nullcontext() if joined else session(None, pool.actors + 1, storage)
 
-        return draw_batch(storage, out, subjects, wanted, pool, stages, form, ray)
+        return draw(pool, ray)
 
     if joined:
         with session(address, 1, storage):
-            result = draw(gpu_count())
-    else:
-        result = draw(torch.cuda.device_count())
-    mistakes = [error for error in result.failed.values() if isinstance(error, UserError)]
-    if not result.images and mistakes:
-        raise mistakes[0]
-    return result
+            return drawn(gpu_count())
+    return drawn(torch.cuda.device_count())
 
 
 class _Batch:
-    def __init__(
-        self, storage: Storage, gallery: Gallery, wanted: Wanted, pool: Pool, stages: Stages
-    ) -> None:
-        self.storage, self.gallery, self.wanted = storage, gallery, wanted
+    def __init__(self, storage: Storage, gallery: Gallery, pool: Pool, stages: Stages, sheets: bool) -> None:
+        self.storage, self.gallery, self.sheets = storage, gallery, sheets
         self.pool, self.stages = pool, stages
         self.result = BatchResult()
         self.bases: dict[str, BaseInfo] = {}  # by revision
 
-    def run(
-        self, subjects: Sequence[Subject], ray: Callable[[], AbstractContextManager[None]]
-    ) -> BatchResult:
+    def run(self, asked: Mapping[Subject, Look], ray: OpenRay) -> BatchResult:
         result, everything = self.result, []
         entries: dict[str, Entry] = {}
-        with self.stages.stage("reading what is there", len(subjects)) as stage:
-            for subject in dict.fromkeys(subjects):
+        with self.stages.stage("reading what is there", len(asked)) as stage:
+            for subject, look in asked.items():
                 try:
-                    base, images = wanted_images(self.storage, *subject, self.wanted, self.pool.device)
+                    base, images = look()
                 except RayboothError as error:
                     result.failed[subject] = error
                 else:
@@ -184,7 +224,9 @@ class _Batch:
         result.images = [entries[image.key] for image in everything if image.key in entries]
         if result.images:
             result.index = self.gallery.write_index()
-            result.sheets = write_sheets(self.gallery, result.images, {image.label for image in missing})
+            if self.sheets:
+                changed = {image.label for image in missing}
+                result.sheets = write_sheets(self.gallery, result.images, changed)
         return result
 
     def _draw(self, missing: Sequence[Image], show: Callable[[int, str], None]) -> list[Entry]:
@@ -220,8 +262,8 @@ class _Batch:
             requests = [
                 {
                     "index": index,
-                    "name": image.subject,
-                    "version": image.version,
+                    "name": image.subject if image.artifact else "",
+                    "version": image.version if image.artifact else "",
                     "label": image.label,
                     **asdict(image.request),
                 }

@@ -1,22 +1,24 @@
 """This file is where a campaign goes its way: from its manifest on record to its report."""
 
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
+from collections.abc import Sequence
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from cluster.errors import SystemFailure
 from cluster.figures import RayFigures
 from cluster.objects import StorageError
+from cluster.registry import CANDIDATE, CHAMPION
 from cluster.session import gpu_count, session
 from cluster.storage import Storage
-from orchestrator.batch import BatchResult, draw_batch
+from orchestrator.batch import BatchResult, OpenRay, draw_batch
 from orchestrator.campaign_mirror import CampaignMirror
 from orchestrator.campaign_watch import CampaignWatch
 from orchestrator.claims import Claim
 from orchestrator.controller import Controller
 from orchestrator.fleet import FAMILIES, Fleet
+from orchestrator.hold import hold
 from orchestrator.ledger import Ledger
 from orchestrator.manifest import settings_of
 from orchestrator.records import ENDED, RunRow, state_of
@@ -46,6 +48,8 @@ class CampaignOutcome:
     report: str = ""
     seconds: float = 0.0
     reason: dict[str, Any] | None = field(default=None)
+    gate: dict[str, Any] | None = None
+    """Where the campaign has one: how many versions it let pass, and which it held back, with the reasons."""
 
     def as_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -98,6 +102,7 @@ class _Journey:
         self.campaign = ledger.campaign(name)
         self.settings = settings_of(self.campaign.manifest)
         self.images: BatchResult | None = None
+        self.gate: dict[str, Any] | None = None
 
     def run(self, address: str | None) -> CampaignOutcome:
         mirror = self._mirror()
@@ -116,6 +121,7 @@ class _Journey:
         self.watch.show(campaign, rows)
         outcome = outcome_of(self.ledger, self.storage, self.name)
         outcome.images = self.images.as_json() if self.images else None
+        outcome.gate = self.gate
         mirror.counts(_counts(rows), campaign.worker_seconds, at_once=True)
         try:
             report = write_report(self.storage, campaign, rows)
@@ -132,7 +138,7 @@ class _Journey:
             self.campaign = self.ledger.campaign(self.name)
             if self._train(unfinished, address, mirror) == "stopped":
                 return "stopped"
-        if self.images is None:
+        if self.images is None and self.gate is None:
             self._draw(Pool(), lambda: session(address, STREAM_CPUS, self.storage))
         state = state_of(self.ledger.runs(self.name))
         if self.ledger.campaign(self.name).state != state:  # it was interrupted while it drew
@@ -163,6 +169,7 @@ class _Journey:
                 self.ledger.spec,
                 mirror,
                 self.watch.note,
+                CANDIDATE if self.settings.gate else CHAMPION,
             )
             stack.callback(works.close)
 
@@ -202,9 +209,12 @@ class _Journey:
         different = {repr(spec["cluster"]): spec["cluster"] for spec in specs if "cluster" in spec}
         return [Cluster.model_validate(cluster) for cluster in different.values()]
 
-    def _draw(self, pool: Pool, ray: Callable[[], AbstractContextManager[None]]) -> None:
-        """Draw the campaign's prompts of every subject that succeeded."""
+    def _draw(self, pool: Pool, ray: OpenRay) -> None:
+        """Judge every subject that succeeded, if there is a gate, and draw the campaign's prompts of it."""
         done = [row for row in self.ledger.runs(self.name, "succeeded") if row.version]
+        if self.settings.gate and done:
+            versions = [(row.name, str(row.version)) for row in done]
+            self.gate = hold(self.storage, self.settings.gate, versions, self.watch, pool, ray)
         if not self.settings.prompts or not done:
             return
         wanted = Wanted(tuple(self.settings.prompts), **self.settings.images.model_dump())

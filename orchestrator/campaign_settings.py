@@ -59,6 +59,36 @@ class Schedule(Section):
     """Attempts of a run that fails by no fault of its own; a lost node does not count."""
 
 
+class Gate(Section):
+    """What a version must reach in `raybooth evaluate` to be served; `null` demands nothing. One that misses it stays
+    registered as `candidate`."""
+
+    dino: float | None = Field(default=None, ge=-1, le=1)
+    """Least DINO."""
+    clip_i: float | None = Field(default=None, ge=-1, le=1)
+    """Least CLIP-I."""
+    clip_t: float | None = Field(default=None, ge=-1, le=1)
+    """Least CLIP-T."""
+    div: float | None = Field(default=None, ge=0, le=2)
+    """Least DIV."""
+    pres: float | None = Field(default=None, ge=-1, le=1)
+    """Most PRES."""
+    drift: float | None = Field(default=None, ge=-2, le=2)
+    """Most drift of the class."""
+    copies: float | None = Field(default=None, ge=0, le=1)
+    """Largest share of copies of photos."""
+    no_worse: bool = True
+    """Keep the champion if the new version is worse in DINO + CLIP-T - drift, by more than the interval."""
+    num_images: int = Field(default=2, ge=1, le=100)
+    """Images per prompt."""
+    prompts: tuple[str, ...] | Literal["auto", "object", "live", "pocket"] = "auto"
+    """Prompts, or a set of them; `auto` goes by class and base."""
+    dino_model: str | None = None
+    """Embedder for DINO: `pocket`, a folder or a hub id; `null` goes by the base."""
+    clip_model: str | None = None
+    """Embedder for CLIP-I and CLIP-T."""
+
+
 class CampaignSettings(Section):
     """What holds for a campaign as a whole."""
 
@@ -73,6 +103,8 @@ class CampaignSettings(Section):
     """What the campaign may spend."""
     schedule: Schedule = Schedule()
     """How runs are scheduled."""
+    gate: Gate | None = None
+    """What a version must reach to be served; `null` serves every new version."""
     track: Track = Track()
     """Where figures go: `defaults.track`."""
 
@@ -134,6 +166,8 @@ class _CampaignFile(Section):
     """What the campaign may spend before it stops."""
     schedule: Schedule = Schedule()
     """How many runs are trained at a time."""
+    gate: Gate | None = None
+    """What a version must reach to be served; `null` serves every new version."""
 
 
 KEYS = tuple(_CampaignFile.model_fields)

@@ -16,6 +16,7 @@ from orchestrator.cli_deploy import app as services_app
 from orchestrator.cli_deploy import deploy
 from orchestrator.cli_draw import demo, generate
 from orchestrator.cli_export import export, import_
+from orchestrator.cli_evaluate import evaluate
 from orchestrator.cli_inspect import inspect
 from orchestrator.cli_jobs import app as jobs_app
 from orchestrator.cli_keys import app as keys_app
@@ -24,6 +25,7 @@ from orchestrator.cli_serve import serve
 from orchestrator.cli_subjects import app as subjects_app
 from orchestrator.cli_submit import submit
 from orchestrator.cli_train import doctor, plan, schema, train
+from orchestrator.cli_tune import tune
 
 app = typer.Typer(
     name="raybooth",
@@ -58,6 +60,8 @@ app.command()(inspect)
 app.command()(batch)
 app.command()(export)
 app.command("import")(import_)
+app.command()(evaluate)
+app.command()(tune)
 app.command()(serve)
 app.add_typer(campaign_app, name="campaign")
 app.command()(submit)

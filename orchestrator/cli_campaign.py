@@ -242,6 +242,10 @@ def _go(
         output.say(f"  {subject['name']} {subject['state']}: {said}")
     if len(failed) > MOST_TOLD:
         output.say(f"  and {len(failed) - MOST_TOLD} more: see the report")
+    if outcome.gate:
+        output.say(f"  gate: {outcome.gate['passed']} passed, {len(outcome.gate['held_back'])} held back")
+        for held in outcome.gate["held_back"][:MOST_TOLD]:
+            output.say(f"    {held['name']} {held['version']}: {'; '.join(held['objections'])}")
     output.say(f"  report: {outcome.report}")
     output.exit_code = outcome.exit_code
 

@@ -14,6 +14,7 @@ from uuid import uuid4
 from cluster.errors import UserError
 from cluster.objects import StorageError
 from cluster.storage import Storage
+from orchestrator.evaluation import IMAGES
 from orchestrator.ledger import Ledger
 from orchestrator.prepare import one_at_a_time
 from orchestrator.records import ENDED
@@ -52,7 +53,7 @@ class Erasure:
             running: list[str] = []
             campaigns = self._let_go(subject, running)
             kept += [f"the campaign {name} goes on, and its report will name the subject" for name in running]
-            paths = [*self._own(subject), *self._in_campaigns(subject)]
+            paths = [*self._own(subject), *self._in_campaigns(subject), *self._in_evaluations(subject)]
             removed, files = [], 0
             for path in paths:
                 found = _count(storage, path)
@@ -99,21 +100,28 @@ class Erasure:
             of = (storage.manifest(f"latents/{key}") or {}).get("images")
             if of in photos - others:
                 yield f"latents/{key}"
-        for folder in ("artifacts", "runs", "subjects"):
+        for folder in ("artifacts", "runs", "subjects", "evaluations/subjects"):
             yield f"{folder}/{subject}"
 
     def _in_campaigns(self, subject: str) -> Iterator[str]:
         """Pictures of it among those of campaigns, and their pages, which show them."""
-        storage = self._storage
-        for campaign in storage.names("campaigns"):
-            images = f"campaigns/{campaign}/images"
-            labels = [name for name in storage.names(images) if _is_of(name, subject)]
-            for label in labels:
-                yield f"{images}/manifests/{label}"
-                yield f"{images}/{label}"
-            if labels:
-                yield f"{images}/index.parquet"
+        for campaign in self._storage.names("campaigns"):
+            found = list(self._in_gallery(f"campaigns/{campaign}/images", subject))
+            if found:
+                yield from found
                 yield report_path(campaign).rpartition("/")[0]
+
+    def _in_evaluations(self, subject: str) -> Iterator[str]:
+        """Pictures of it that were drawn to be scored."""
+        yield from self._in_gallery(IMAGES, subject)
+
+    def _in_gallery(self, images: str, subject: str) -> Iterator[str]:
+        labels = [name for name in self._storage.names(images) if _is_of(name, subject)]
+        for label in labels:
+            yield f"{images}/manifests/{label}"
+            yield f"{images}/{label}"
+        if labels:
+            yield f"{images}/index.parquet"
 
     # -- the record of campaigns ---------------------------------------------------------------------------
 

@@ -29,7 +29,8 @@ class Image:
     subject: str
     version: str
     artifact: str
-    """Hash of the artifact's files: a subject that was deleted and trained again may have the same version."""
+    """Hash of the artifact's files: a subject that was deleted and trained again may have the same version. Empty
+    where the pristine base draws."""
     base_revision: str
     width: int
     """Rows of a forward on the device that draws."""

@@ -156,8 +156,8 @@ class MlflowTracker:
             self.client.set_tag(self.run_id, NOTE_TAG, (reason or "")[:5000])
         self.client.set_terminated(self.run_id, _STATUS.get(state, "FAILED"))
 
-    def register(self, name: str, version: str, storage: Storage, path: str) -> str:
-        """Register a published artifact as a model version with the alias `champion`.
+    def register(self, name: str, version: str, storage: Storage, path: str, alias: str) -> str:
+        """Register a published artifact as a model version with an alias.
 
         Returns:
             MLflow's number of the version.
@@ -178,7 +178,7 @@ class MlflowTracker:
         before = self.client.search_model_versions(f"run_id='{self.run_id}'")
         made = before[0] if before else self.client.create_model_version(name, source, self.run_id, tags=tags)
         number = str(made.version)
-        self.client.set_registered_model_alias(name, CHAMPION, number)
+        self.client.set_registered_model_alias(name, alias, number)
         return number
 
 
@@ -217,6 +217,23 @@ def erase(uri: str, subject: str) -> list[str]:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
     return removed
+
+
+def keep_evaluation(
+    uri: str, run_id: str, figures: Mapping[str, float], documents: Mapping[str, bytes]
+) -> None:
+    """Log the scores of an evaluation (`eval/...`) and its documents, by file name, with the run of a version."""
+    from mlflow import MlflowClient
+    from mlflow.entities import Metric
+
+    client, now_ms = MlflowClient(tracking_uri=uri, registry_uri=uri), int(time.time() * 1000)
+    client.log_batch(
+        run_id, metrics=[Metric(f"eval/{key}", value, now_ms, 0) for key, value in figures.items()]
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        for name, data in documents.items():
+            (Path(scratch) / name).write_bytes(data)
+        client.log_artifacts(run_id, scratch, "evaluation")
 
 
 def mirror_alias(uri: str, name: str, number: str) -> None:

@@ -4,22 +4,19 @@ import json
 import shlex
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib import resources
 from typing import Any
 from urllib.parse import quote
-
-from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup
 
 from cluster.objects import StorageError
 from cluster.storage import Storage, sha256
 from orchestrator.curve import loss_curve
 from orchestrator.gallery import INDEX
 from orchestrator.pace import span, taken_by
+from orchestrator.page import as_markup, render_page
 from orchestrator.records import CampaignRow, RunRow
 from orchestrator.thumbnails import SIDE, thumbnail
 from orchestrator.tracking import discreet, flatten
@@ -54,7 +51,8 @@ class _Card:
     more: int
     grid: str | None
     """The run's own sample grid, where nothing was drawn of it."""
-    curve: Markup | None
+    curve: str | None
+    """Its markup."""
 
 
 def report_path(campaign: str) -> str:
@@ -85,7 +83,7 @@ def write_report(storage: Storage, campaign: CampaignRow, runs: Sequence[RunRow]
         cards = list(
             readers.map(lambda run: _card(storage, run, drawn.get((run.name, run.version), ())), shown)
         )
-    storage.write(path, _render(campaign, runs, [card for card in cards if _worth(card)]).encode())
+    storage.write(path, _render(campaign, runs, [card for card in cards if _worth(card)]))
     return path
 
 
@@ -115,7 +113,7 @@ def _card(storage: Storage, run: RunRow, drawn: Sequence[_Drawn]) -> _Card:
         drawn=list(by_prompt.items()),
         more=len(drawn) - shown,
         grid=None if by_prompt else _thumbnail(storage, f"{folder}/samples.png", _GRID_SIDE),
-        curve=Markup(curve) if curve else None,
+        curve=as_markup(curve) if curve else None,
     )
 
 
@@ -201,18 +199,14 @@ def _seen(path: str) -> str:
 # -- the page --------------------------------------------------------------------------------------------------
 
 
-def _render(campaign: CampaignRow, runs: Sequence[RunRow], cards: Sequence[_Card]) -> str:
-    page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    page.filters |= {
+def _render(campaign: CampaignRow, runs: Sequence[RunRow], cards: Sequence[_Card]) -> bytes:
+    filters: dict[str, Callable[..., Any]] = {
         "discreet": lambda value: discreet(str(value)),
         "span": span,
         "taken": taken_by,
         "moment": _moment,
         "figure": _figure,
     }
-    template = page.from_string(
-        resources.files("orchestrator").joinpath("report.html").read_text(encoding="utf-8")
-    )
     counts = Counter(run.state for run in runs)
     unwell = sorted((r for r in runs if r.state in ("failed", "cancelled")), key=lambda r: r.position)
     failed = [run for run in unwell if run.state == "failed"]
@@ -220,41 +214,42 @@ def _render(campaign: CampaignRow, runs: Sequence[RunRow], cards: Sequence[_Card
     taken = [taken_by(run) for run in runs if run.state == "succeeded"]
     times = [seconds for seconds in taken if seconds is not None]
     prior_keys = Counter(run.prior_key for run in runs if run.prior_key)
-    return template.render(
-        campaign=campaign,
-        now=time.time(),
-        seconds=ended - campaign.created_at,
-        runs=sorted(runs, key=lambda run: run.position),
-        counts={state: counts[state] for state in _ORDER if counts[state]},
-        succeeded=counts["succeeded"],
-        total=len(runs),
-        failed=failed[:FAILURES],
-        told={run.name for run in failed[:FAILURES]},
-        open=OPEN,
-        failed_more=max(len(failed) - FAILURES, 0),
-        cards=cards,
-        pictured={card.row.name for card in cards},
-        cards_left_out=sum(1 for run in runs if run.version) - len(cards),
-        steps=sum(run.step for run in runs),
-        mean_s=sum(times) / len(times) if times else None,
-        priors={
+    facts = {
+        "campaign": campaign,
+        "now": time.time(),
+        "seconds": ended - campaign.created_at,
+        "runs": sorted(runs, key=lambda run: run.position),
+        "counts": {state: counts[state] for state in _ORDER if counts[state]},
+        "succeeded": counts["succeeded"],
+        "total": len(runs),
+        "failed": failed[:FAILURES],
+        "told": {run.name for run in failed[:FAILURES]},
+        "open": OPEN,
+        "failed_more": max(len(failed) - FAILURES, 0),
+        "cards": cards,
+        "pictured": {card.row.name for card in cards},
+        "cards_left_out": sum(1 for run in runs if run.version) - len(cards),
+        "steps": sum(run.step for run in runs),
+        "mean_s": sum(times) / len(times) if times else None,
+        "priors": {
             "sets": len(prior_keys),
             "users": sum(prior_keys.values()),
             "drawn": sum(run.prior_drawn for run in runs),
         },
-        show={
+        "show": {
             "tenant": len({run.tenant for run in runs}) > 1,
             "priority": len({run.priority for run in runs}) > 1,
             "width": any((run.width or 1) > 1 for run in runs),
             "prior": any(run.loss_class is not None for run in runs),
         },
-        settings=flatten({key: value for key, value in campaign.manifest.items() if key != "prompts"}),
-        prompts=list(campaign.manifest.get("prompts") or ()),
-        retry=_command(campaign, "retry"),
-        goes_on=_command(campaign, "resume") if campaign.state in ("stopped", "cancelled") else None,
-        cancel=_command(campaign, "cancel") if campaign.state in ("queued", "running") else None,
-        unwell=len(unwell),
-    )
+        "settings": flatten({key: value for key, value in campaign.manifest.items() if key != "prompts"}),
+        "prompts": list(campaign.manifest.get("prompts") or ()),
+        "retry": _command(campaign, "retry"),
+        "goes_on": _command(campaign, "resume") if campaign.state in ("stopped", "cancelled") else None,
+        "cancel": _command(campaign, "cancel") if campaign.state in ("queued", "running") else None,
+        "unwell": len(unwell),
+    }
+    return render_page("report.html", facts, filters)
 
 
 def _command(campaign: CampaignRow, verb: str) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.mailbox import Event
-from cluster.registry import Registry
+from cluster.registry import CHAMPION, Registry
 from cluster.storage import Storage
 from orchestrator.events import EventLog
 from orchestrator.mlflow_tracker import MlflowTracker
@@ -146,11 +146,11 @@ class RunRecord:
             masks=prepared.masks,
         )
 
-    def register(self, metrics: Mapping[str, float], prior_key: str | None) -> None:
+    def register(self, metrics: Mapping[str, float], prior_key: str | None, alias: str = CHAMPION) -> None:
         """Register the artifact. Our record goes last: what is in it is done, and a restart repeats the rest."""
         prepared = self.prepared
         self.log.flush()  # the figures that the gang keeps are deleted when the run has succeeded
-        number = self.mirrors.register(prepared.name, self.version, self.storage, self.artifact)
+        number = self.mirrors.register(prepared.name, self.version, self.storage, self.artifact, alias)
         Registry(self.storage).add(
             prepared.name,
             self.version,
@@ -166,6 +166,7 @@ class RunRecord:
                 "prior_key": prior_key,
                 "mlflow": {**self._record["mlflow"], "version": number},
             },
+            alias,
         )
 
     def succeeded(self) -> None:

@@ -21,8 +21,8 @@ class Tracker(Protocol):
         """A picture, such as a sample grid."""
         ...
 
-    def register(self, name: str, version: str, storage: Storage, path: str) -> str | None:
-        """Take a published artifact as a version of a model; its number, `None` from one that keeps no models."""
+    def register(self, name: str, version: str, storage: Storage, path: str, alias: str) -> str | None:
+        """Take a published artifact as a version of a model, with an alias; its number, if it keeps models."""
         ...
 
     def finish(self, state: str, reason: str | None = None) -> None:
@@ -55,10 +55,10 @@ class Mirrors:
         """The run's last state, to every tracker."""
         self.each(lambda tracker: tracker.finish(state, reason))
 
-    def register(self, name: str, version: str, storage: Storage, path: str) -> str | None:
+    def register(self, name: str, version: str, storage: Storage, path: str, alias: str) -> str | None:
         """The number of the registered version; `None` when no tracker keeps models, or it failed."""
         numbers: list[str | None] = []
-        self.each(lambda tracker: numbers.append(tracker.register(name, version, storage, path)))
+        self.each(lambda tracker: numbers.append(tracker.register(name, version, storage, path, alias)))
         return next((number for number in numbers if number), None)
 
     def each(self, act: Callable[[Tracker], None]) -> None:
@@ -136,7 +136,7 @@ class TensorBoardTracker:
 
         self.writer.add_image(name, decode_png(png), step, dataformats="HWC")
 
-    def register(self, name: str, version: str, storage: Storage, path: str) -> None:
+    def register(self, name: str, version: str, storage: Storage, path: str, alias: str) -> None:
         return None
 
     def finish(self, state: str, reason: str | None = None) -> None:

@@ -1,5 +1,7 @@
 """This file is where prompts, seeds and settings become the images that are wanted of a subject."""
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, get_args
@@ -7,6 +9,7 @@ from typing import Any, get_args
 from cluster.errors import SystemFailure, UserError, did_you_mean
 from cluster.storage import Storage
 from orchestrator.gallery import Image
+from serving.protocol import PRISTINE
 from training.artifact import Identity, artifact_hash, artifact_path
 from training.pipeline import BaseInfo, load_tokenizer, open_base, token_ids
 from training.prompt import render_prompt
@@ -74,12 +77,37 @@ def wanted_images(
         prompt: render_prompt(prompt, identity.class_noun, identity.identifier, identity.template)
         for prompt in wanted.prompts
     }
+    return base, _images(base, (name, version, artifact_hash(manifest)), prompts, wanted, guidance, device)
+
+
+def pristine_images(
+    base: BaseInfo, class_noun: str, wanted: Wanted, guidance: float, device: str
+) -> list[Image]:
+    """What is wanted of a class, drawn by the pristine base; the prompts may say `{class}`.
+
+    Raises:
+        UserError: A prompt cannot be used.
+    """
+    prompts = {prompt: render_prompt(prompt, class_noun, None) for prompt in wanted.prompts}
+    who = (PRISTINE, re.sub(r"[^a-z0-9]+", "-", class_noun.lower()), "")
+    return _images(base, who, prompts, wanted, guidance, device)
+
+
+def _images(
+    base: BaseInfo,
+    who: tuple[str, str, str],
+    prompts: Mapping[str, str],
+    wanted: Wanted,
+    guidance: float,
+    device: str,
+) -> list[Image]:
+    """The images of `who` (subject, version, artifact) with prompts and what they read."""
     texts = [*prompts.values(), wanted.negative_prompt]
     token_ids(_tokenizer(base.model, base.revision), texts, base.token_limit)  # refuses what is too long
-    artifact = artifact_hash(manifest)
-    images = [
+    subject, version, artifact = who
+    return [
         Image(
-            subject=name,
+            subject=subject,
             version=version,
             artifact=artifact,
             base_revision=base.revision,
@@ -95,7 +123,6 @@ def wanted_images(
         for prompt, words in prompts.items()
         for number in range(wanted.num_images)
     ]
-    return base, images
 
 
 @lru_cache(maxsize=8)

@@ -11,6 +11,7 @@ from typing import Any
 
 from cluster.mailbox import SYSTEM, Event
 from cluster.objects import StorageError
+from cluster.registry import CHAMPION
 from cluster.session import check_fits
 from cluster.storage import Storage
 from orchestrator.campaign_mirror import CampaignMirror
@@ -56,6 +57,7 @@ class CampaignWorks:
         specs: The spec of a run by its id.
         mirror: MLflow's run of the campaign; `None` where it is not mirrored.
         say: Takes lines for people.
+        alias: What a new version is registered as.
     """
 
     def __init__(
@@ -67,7 +69,9 @@ class CampaignWorks:
         specs: Callable[[int], Mapping[str, Any]],
         mirror: CampaignMirror | None,
         say: Callable[[str], None],
+        alias: str = CHAMPION,
     ) -> None:
+        self._alias = alias
         self._storage, self._site, self._specs, self._mirror, self._say = storage, site, specs, mirror, say
         self._inbox: queue.SimpleQueue[Fact] = queue.SimpleQueue()
         pool = Pool(gpus=1.0 if site.device == "cuda" else 0.0)
@@ -209,7 +213,7 @@ class CampaignWorks:
 
         def act() -> None:
             with opened.lock:
-                record.register(metrics, key)
+                record.register(metrics, key, self._alias)
                 record.succeeded()
             artifact = self._storage.full(record.artifact)
             self._inbox.put(Registered(run, record.version, artifact, metrics, record.mlflow_run_id))

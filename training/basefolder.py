@@ -56,12 +56,33 @@ def locate(model: str, revision: str | None, shipped: Path | None = None) -> tup
     return folder, found
 
 
-def _snapshot(model: str, revision: str | None) -> Path:
+def locate_model(model: str, what: str) -> Path:
+    """The local folder of a single model, such as one that embeds: a folder, or a hub id (`HUB_ID@REV`).
+
+    Args:
+        model: As the user wrote it.
+        what: What it is, for people.
+
+    Raises:
+        UserError: There is none.
+    """
+    folder = Path(model).expanduser().resolve()
+    if folder.is_dir():
+        return folder
+    name, _, revision = model.partition("@")
+    if _HUB_ID.fullmatch(name):
+        return _snapshot(name, revision or None, list(_PLAIN), what)
+    raise UserError(f"there is no {what} {model}", f"{folder} is not a folder", "name a folder or a hub id")
+
+
+def _snapshot(
+    model: str, revision: str | None, patterns: list[str] | None = None, what: str = "base"
+) -> Path:
     """The local snapshot of a hub id; downloaded only when it is not cached."""
     plain = [f"{part}/{pattern}" for part in _FOLDERS for pattern in _PLAIN]
     wanted: dict[str, Any] = {
         "revision": revision,
-        "allow_patterns": ["model_index.json", *plain],
+        "allow_patterns": patterns or ["model_index.json", *plain],
         "ignore_patterns": _VARIANTS,
     }
     try:
@@ -72,9 +93,10 @@ def _snapshot(model: str, revision: str | None) -> Path:
         return Path(snapshot_download(model, **wanted))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise UserError(
-            f"there is no base {model}" + (f" at revision {revision}" if revision else ""),
+            f"there is no {what} {model}" + (f" at revision {revision}" if revision else ""),
             f"no such folder, not in the local hub cache, not to be had from the hub: {_first_line(error)}",
-            "check the name, or download it where there is a network and set base.model to its folder",
+            "check the name, or download it where there is a network and "
+            + ("set base.model to its folder" if what == "base" else "name its folder"),
         ) from error
 
 

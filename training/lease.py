@@ -58,6 +58,9 @@ class Lease:
     """[N, h, w], 0 to 1: where each row of the subject's latents counts; `None` is everywhere."""
     sample_ids: Sequence[Sequence[int]] = ()
     """Token ids of the empty prompt and of each of the sample grid; empty where no grid is drawn."""
+    until: int | None = None
+    """The step after which the run is left, with a checkpoint and a sample grid and without an artifact; another lease
+    goes on with it. `None` trains it to its end."""
 
     @property
     def first(self) -> "Lease":

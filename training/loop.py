@@ -71,8 +71,8 @@ def train_run(
         wish: What this rank wishes; polled once per step.
 
     Returns:
-        The final losses, those of the artifact's manifest; `None` when a rank wished to leave: the run goes on from
-        the checkpoint that was saved.
+        The final losses, those of the artifact's manifest, or those so far of a lease with `until`; `None` when a rank
+        wished to leave: the run goes on from the checkpoint that was saved.
 
     Raises:
         UserError: The run diverges.
@@ -93,16 +93,17 @@ def train_run(
     figures.go_on(rows_kept(storage, f"{lease.run_path}/{ROWS}", start) if rank == 0 else [])
     services = Services(lease, storage, base.info, base.text_encoder, engine, batches, figures, stage, report)
     report("started", {"from_step": start, "pid": os.getpid(), "workers": world, "zero_stage": stage})
+    last = run.train.steps if lease.until is None else min(lease.until, run.train.steps)
     try:
-        for step in range(start, run.train.steps):
+        for step in range(start, last):
             asked = figures.take(engine.step(step, list(batches.of_step(step)), wish()))
-            if step + 1 < run.train.steps:
+            if step + 1 < last:
                 asked = services.after(step + 1, asked)
                 if asked is Wish.DROP:
                     raise Dropped(step + 1)
                 if asked is Wish.LEAVE:
                     return None
-        return services.finish()
+        return services.finish() if lease.until is None else services.pause(max(start, last))
     finally:
         engine.close()
 

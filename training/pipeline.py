@@ -78,7 +78,7 @@ def open_base(model: str, revision: str | None = None) -> BaseInfo:
         UserError: There is no such base, a part is missing, its weights are not safetensors, or it is not a
             Stable Diffusion 1.x/2.x.
     """
-    box = Path(str(importlib.resources.files(_BOX) / "weights")) if model == _BOX else None
+    box = shipped("weights") if model == _BOX else None
     folder, revision = locate(model, revision, box)
     index = read_json(folder / "model_index.json", model)
     if index.get("_class_name") != "StableDiffusionPipeline":
@@ -108,6 +108,11 @@ def open_base(model: str, revision: str | None = None) -> BaseInfo:
         # start at timestep 1.
         scheduler={**scheduler, "clip_sample": False, "steps_offset": 1},
     )
+
+
+def shipped(part: str) -> Path:
+    """A folder of the base in the box: its `weights`, or the `clip` that embeds its pictures."""
+    return Path(str(importlib.resources.files(_BOX) / part))
 
 
 def load_tokenizer(base: BaseInfo) -> "CLIPTokenizer":
@@ -144,13 +149,13 @@ def token_ids(tokenizer: Any, prompts: Sequence[str], limit: int) -> torch.Tenso
 
 def load_unet(base: BaseInfo) -> nn.Module:
     """The base's UNet: fp32, on the CPU, in eval mode, frozen."""
-    with _quiet():
+    with quiet():
         return _frozen(_unet_class().from_pretrained(base.path / "unet", **_LOADING))
 
 
 def load_vae(base: BaseInfo) -> nn.Module:
     """The base's VAE: fp32, on the CPU, in eval mode, frozen."""
-    with _quiet():
+    with quiet():
         return _frozen(_vae_class().from_pretrained(base.path / "vae", **_LOADING))
 
 
@@ -158,7 +163,7 @@ def load_text_encoder(base: BaseInfo) -> nn.Module:
     """The base's text encoder: fp32, on the CPU, in eval mode, frozen."""
     from transformers.models.clip.modeling_clip import CLIPTextModel
 
-    with _quiet():
+    with quiet():
         return _frozen(CLIPTextModel.from_pretrained(base.path / "text_encoder", **_LOADING))
 
 
@@ -312,7 +317,7 @@ def _unet_class() -> Any:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No progress bars of the libraries: a part of a base is read in a moment, and the bars are ours."""
     from diffusers.utils import logging as of_diffusers
     from transformers.utils import logging as of_transformers

@@ -47,7 +47,20 @@ def png_parameters(data: bytes) -> dict[str, Any]:
     return value
 
 
-def grid(images: Sequence[Pixels], columns: int, gap: int = 2) -> Pixels:
+GAP = 2  # pixels between the images of a grid
+
+
+def tiles(picture: Pixels, columns: int, rows: int, gap: int = GAP) -> list[Pixels]:
+    """The images of a `grid` of so many columns and rows, row by row."""
+    height, width = (picture.shape[0] + gap) // rows, (picture.shape[1] + gap) // columns
+    return [
+        picture[top : top + height - gap, left : left + width - gap]
+        for top in range(0, rows * height, height)
+        for left in range(0, columns * width, width)
+    ]
+
+
+def grid(images: Sequence[Pixels], columns: int, gap: int = GAP) -> Pixels:
     """Images of one size [H, W, 3] in rows of `columns`, on white."""
     height, width = images[0].shape[:2]
     rows = ceil(len(images) / columns)

@@ -22,7 +22,8 @@ def render_prompt(prompt: str, class_noun: str, identifier: str | None, template
     "a" and "an" right before a slot follow the word that fills it.
 
     Args:
-        prompt: May say `{subject}` and `{class}`; no other braces.
+        prompt: May say `{subject}` and `{class}`, and `{identifier}` where words stand between it and the article,
+            as in "a red {identifier} {class}"; no other braces.
         class_noun: Fills `{class}`, without an article.
         identifier: The subject's rare word; `None` for the pristine base, which knows no subject.
         template: What `{subject}` means, in terms of `{identifier}` and `{class}`.
@@ -33,7 +34,8 @@ def render_prompt(prompt: str, class_noun: str, identifier: str | None, template
     phrases = {"class": class_noun}
     if identifier is not None:
         phrases["subject"] = _fill(template, {"identifier": identifier, "class": class_noun})
-    elif "{subject}" in prompt:
+        phrases["identifier"] = identifier
+    elif "{subject}" in prompt or "{identifier}" in prompt:
         raise UserError(
             "there is no subject to put into the prompt", repr(prompt), "say {class} or name the thing itself"
         )
@@ -55,6 +57,6 @@ def _fill(text: str, phrases: Mapping[str, str]) -> str:
 
     left = _SLOT.sub(lambda m: "" if m[3] in phrases else m.group(), text)
     if "{" in left or "}" in left:
-        known = " and ".join(f"{{{slot}}}" for slot in sorted(phrases))
+        known = ", ".join(f"{{{slot}}}" for slot in sorted(phrases))
         raise UserError("the prompt has braces that mean nothing", repr(text), f"use {known}, or no braces")
     return _SLOT.sub(words, text)

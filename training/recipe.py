@@ -312,6 +312,8 @@ class Validate(Section):
     """Pairs that the validation loss is a mean of, their timesteps spread evenly."""
     prompts: tuple[str, ...] = ("a photo of {subject}",)
     """Prompts of the sample grid, each a row with guidance and during training one without; empty draws none."""
+    unguided: bool = True
+    """Whether there are rows without guidance during training."""
     num_images: int = Field(default=2, ge=1, le=64)
     """Images per prompt, seeds 0, 1, ..."""
     steps: int = Field(default=25, ge=1, le=1000)

@@ -1,6 +1,6 @@
 """This file is where a run draws what it has learned so far: the sample grid, by all ranks in step.
 
-Every prompt is a row drawn with guidance and one without, every seed a column.
+Every prompt is a row drawn with guidance and one without (`validate.unguided`), every seed a column.
 
 n images of a forward pass, C latent channels, h w latent size, L tokens, D text width.
 """
@@ -60,7 +60,7 @@ class Samples:
         weights from all.
         """
         text = encode_text(engine.module.text_encoder or self._text_encoder, self._ids)
-        scales = list(dict.fromkeys((self._wanted.guidance, 1.0)))
+        scales = list(dict.fromkeys((self._wanted.guidance, *([1.0] if self._wanted.unguided else []))))
         seeds, prompts = self._wanted.num_images, len(self._ids) - 1
         canvas = torch.zeros(prompts, len(scales), seeds, *self._shape, device=self._device)
         cells = [(prompt, seed) for prompt in range(prompts) for seed in range(seeds)]

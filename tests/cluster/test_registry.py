@@ -106,3 +106,17 @@ def test_the_record_is_one_plain_json_file(registry: Registry) -> None:
     file = Path(registry.storage.full("registry/rex.json"))
     assert json.loads(file.read_text())["aliases"] == {"champion": "v3"}
     assert [p.name for p in file.parent.iterdir()] == ["rex.json"]
+
+
+def test_a_candidate_is_served_once_nothing_is_said_against_it(storage: Storage) -> None:
+    registry = Registry(storage)
+    registry.add("rex", "v1", {"artifact": "a", "fingerprint": "1"}, "candidate")
+    assert registry.served() == {}
+    assert registry.judge("rex", "v1", []) and registry.served() == {"rex": "v1"}
+    registry.add("rex", "v2", {"artifact": "b", "fingerprint": "2"}, "candidate")
+    assert not registry.judge("rex", "v2", ["dino is 0.1, and 0.5 is demanded"])
+    assert not registry.judge("rex", "v2", [])  # it was judged
+    record = registry.show("rex")
+    assert record["aliases"] == {"champion": "v1", "candidate": "v2"}
+    assert record["versions"]["v2"]["gate"]["objections"] == ["dino is 0.1, and 0.5 is demanded"]
+    assert registry.promote("rex", "candidate") == "v2" and registry.rollback("rex") == "v1"

@@ -340,7 +340,7 @@ def test_ten_thousand_rows_are_read_in_seconds(tmp_path: Path) -> None:
 
 def test_the_schema_describes_every_setting() -> None:
     schema = campaign_schema()
-    assert {"name", "defaults", "subjects", "prompts", "images", "budget", "schedule"} == schema[
+    assert {"name", "defaults", "subjects", "prompts", "images", "budget", "schedule", "gate"} == schema[
         "properties"
     ].keys()
     assert schema["additionalProperties"] is False

@@ -35,6 +35,9 @@ def fill(storage: Storage, name: str, photos: str) -> None:
     storage.write(f"campaigns/night/images/{name}-v1/a.png", b"image")
     storage.write(f"campaigns/night/images/manifests/{name}-v1/a.json", b"{}")
     storage.write("campaigns/night/report/index.html", b"shows it")
+    storage.write(f"evaluations/images/{name}-v1/a.png", b"image")
+    storage.write(f"evaluations/images/manifests/{name}-v1/a.json", b"{}")
+    storage.write(f"evaluations/subjects/{name}/v1/index.html", b"shows it")
 
 
 def test_nothing_is_left_of_a_deleted_subject_and_the_others_stay(clients, subjects: Storage) -> None:

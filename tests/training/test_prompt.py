@@ -18,6 +18,7 @@ from training.prompt import render_prompt
         ("an {class} in the snow", "unicorn", "a unicorn in the snow"),
         ("{class}", "hourglass", "hourglass"),
         ("a {class} beside {subject}", "red apple", "a red apple beside a zwx red apple"),
+        ("a red {identifier} {class}", "dog", "a red zwx dog"),
         ("without a slot", "dog", "without a slot"),
     ],
 )
@@ -40,7 +41,7 @@ def test_other_braces_are_refused_with_the_slots_there_are(prompt: str) -> None:
         render_prompt(prompt, "dog", "zwx")
     assert caught.value.what == "the prompt has braces that mean nothing"
     assert caught.value.seen == repr(prompt)
-    assert caught.value.do == "use {class} and {subject}, or no braces"
+    assert caught.value.do == "use {class}, {identifier}, {subject}, or no braces"
 
 
 def test_the_pristine_base_knows_no_subject() -> None:

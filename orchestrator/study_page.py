@@ -1,0 +1,123 @@
+"""This file is where a study becomes a page: what trades against what, what mattered, and the drawings themselves."""
+
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from cluster.objects import StorageError
+from cluster.storage import Storage
+from orchestrator.importance import importances
+from orchestrator.page import as_markup, render_page
+from orchestrator.plots import bars, curves, scatter
+from orchestrator.space import Space
+from orchestrator.thumbnails import thumbnail
+from orchestrator.trial import CLASS_PROMPT, Bench, Record, grid_path, study_path
+
+if TYPE_CHECKING:
+    from orchestrator.tuning import StudyOutcome
+
+GRID_SIDE = 360  # pixels of the shorter side of a grid
+
+
+@dataclass(frozen=True)
+class _Shown:
+    """A trial whose drawings are shown."""
+
+    title: str
+    values: Mapping[str, Any]
+    row: Mapping[str, Any]
+    grids: list[tuple[str, str]]
+    """Per subject: its name, and its drawings in one picture."""
+
+
+def write_study_page(
+    storage: Storage,
+    bench: Bench,
+    outcome: "StudyOutcome",
+    trials: Mapping[str, Record],
+    space: Space,
+    best: str,
+    defaults: str,
+) -> str:
+    """Write the page of a study; returns its path in storage. It is one file that needs no network.
+
+    Args:
+        storage: Root.
+        bench: What the trials shared.
+        outcome: What was found.
+        trials: Their records, by key.
+        space: What was varied.
+        best: Key of the best trial.
+        defaults: Key of the recipe that was varied.
+
+    Raises:
+        StorageError: It cannot be written.
+    """
+    top = {key: max(record["rows"], key=lambda row: float(row["worth"])) for key, record in trials.items()}
+    trained = {key: row for key, row in top.items() if "subjects" in row} or top
+    ranked = sorted(trained, key=lambda key: float(trained[key]["worth"]), reverse=True)
+    words = {key: "defaults" for key in (defaults,) if key in trained} | {best: "best"}
+    shown = [("best", best), ("median", ranked[len(ranked) // 2]), ("worst", ranked[-1])]
+    if defaults in trained and defaults != best:
+        shown.insert(1, ("defaults", defaults))
+    weighed = importances(trials, space)
+    facts = {
+        "study": outcome,
+        "trials": [
+            (key, trials[key], top[key]) for key in sorted(top, key=lambda k: -float(top[k]["worth"]))
+        ],
+        "settings": list(space),
+        "subjects": [spec["subject"]["name"] for spec in bench.specs],
+        "prompts": [*bench.prompts, CLASS_PROMPT],
+        "front": {one["trial"] for one in outcome.pareto},
+        "shown": [_shown(storage, bench, title, key, trials[key], top[key]) for title, key in shown],
+        "pareto": as_markup(
+            scatter(
+                {key: (row["clip_t"], row["dino"]) for key, row in trained.items()},
+                [one["trial"] for one in outcome.pareto if one["trial"] in trained],
+                words,
+                "obedience (CLIP-T)",
+                "likeness (DINO)",
+            )
+        ),
+        "kept": as_markup(
+            scatter(
+                {key: (row["drift"], row["dino"]) for key, row in trained.items()},
+                [one["trial"] for one in outcome.pareto if one["trial"] in trained],
+                words,
+                "drift of the class",
+                "likeness (DINO)",
+            )
+        ),
+        "curves": as_markup(
+            curves(
+                {
+                    key: [(row["step"], row["worth"]) for row in record["rows"]]
+                    for key, record in trials.items()
+                    if key in trained
+                },
+                words,
+                "steps",
+                "worth",
+            )
+        ),
+        "importance": as_markup(bars(weighed, "share of what makes trials good")) if weighed else None,
+        "share": outcome.steps_spent / max(outcome.steps_of_grid, 1),
+    }
+    path = f"{study_path(bench.study)}/report/index.html"
+    storage.write(path, render_page("study.html", facts, {"figure": lambda value: f"{value:.3f}"}))
+    return path
+
+
+def _shown(
+    storage: Storage, bench: Bench, title: str, key: str, record: Record, row: Mapping[str, Any]
+) -> _Shown:
+    grids = []
+    for spec in bench.specs:
+        name = spec["subject"]["name"]
+        with suppress(FileNotFoundError, StorageError):
+            grids.append(
+                (name, thumbnail(storage.read(grid_path(name, bench.study, key, row["step"])), GRID_SIDE))
+            )
+    return _Shown(title, record["values"], row, grids)

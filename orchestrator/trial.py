@@ -1,0 +1,313 @@
+"""This file is where one recipe is tried on several subjects: trained in turns by a gang that stays, scored on the way.
+
+A trial goes from rung to rung. At each every subject is trained on to the rung's step, leaves a checkpoint, and draws a
+few images, which are scored. What was found at a rung is on record before the next one begins, so that a trial which is
+asked for again tells what it knows and goes on behind it.
+"""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+from uuid import uuid4
+
+from cluster.errors import SystemFailure, UserError, failure_of
+from cluster.mailbox import MailboxClient, create
+from cluster.storage import Storage
+from orchestrator.critic import Critic, Picture, Scores
+from orchestrator.embedders import decoded, open_embedder
+from orchestrator.events import GangThread
+from orchestrator.gate import worth
+from orchestrator.prepare import Prepared, prepare
+from orchestrator.space import key_of, sections
+from orchestrator.spec import parse_run
+from training import checkpoint
+from training.gang import GangShape, run_gang
+from training.intake import crops
+from training.latents import latent_refs
+from training.lease import Lease
+from training.png import tiles
+from training.prior import prior_images, prior_key, prior_pngs
+from training.recipe import merge
+
+LOST = {
+    "worth": -1.0,
+    "dino": -1.0,
+    "clip_t": -1.0,
+    "drift": 1.0,
+}  # what a recipe is worth that cannot be trained
+CLASS_PROMPT = "a photo of a {class}"
+DRAW_STEPS = 15  # denoising steps of a drawing that is only scored
+NEWS_S = 5.0  # between two looks at whether the gang is alive
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all trials of a study share; plain values, as it travels to the trials' processes."""
+
+    study: str
+    storage_uri: str
+    specs: tuple[Mapping[str, Any], ...]
+    """The run of each subject, by alias, with the recipe that values are laid on."""
+    prompts: tuple[str, ...]
+    """Of the drawings that are scored at a rung; the class is drawn besides."""
+    num_images: int
+    rungs: tuple[int, ...]
+    """Steps at which trials are scored, the last one at their end."""
+    dino: str
+    clip: str
+    shape: GangShape
+    device: str
+
+
+def study_path(study: str) -> str:
+    """Where a study lies."""
+    return f"studies/{study}"
+
+
+def trial_path(study: str, key: str) -> str:
+    """The record of a trial."""
+    return f"{study_path(study)}/trials/{key}.json"
+
+
+def read_trial(storage: Storage, study: str, key: str) -> Record | None:
+    """What is on record of a trial."""
+    try:
+        found: Record = storage.read_json(trial_path(study, key))
+    except FileNotFoundError:
+        return None
+    return found
+
+
+def version_of(study: str, key: str) -> str:
+    """What a trial's runs are called beside a subject's versions."""
+    return f"{study}.{key}"
+
+
+class Workplace:
+    """A gang and the critics, for one trial after the other."""
+
+    def __init__(self, bench: Bench) -> None:
+        self.bench, self.storage = bench, Storage(bench.storage_uri)
+        self._name = f"raybooth-study-{bench.study}-{uuid4().hex[:8]}"
+        self._mailbox: MailboxClient | None = None
+        self._gang: GangThread | None = None
+        self._critics: dict[str, tuple[Critic, list[Picture]]] = {}
+        self._latents: dict[str, tuple[list[Any], list[Any]]] = {}
+
+    def begin(self, values: Mapping[str, Any]) -> "Trial":
+        """The trial of a recipe, with what is on record of it."""
+        return Trial(self, dict(values))
+
+    def train(self, lease: Lease) -> float:
+        """Have a lease trained; returns the seconds until its training began.
+
+        Raises:
+            RayboothError: It failed.
+        """
+        mailbox = self._open()
+        began, first_step = time.monotonic(), 0.0
+        number = mailbox.post(lease)
+        while True:
+            events = mailbox.drain(NEWS_S)
+            for event in events:
+                if event.lease != number:
+                    continue
+                if event.kind == "started":
+                    first_step = time.monotonic() - began
+                elif event.kind == "published":
+                    return first_step
+                elif event.kind == "failed":
+                    raise failure_of(event.payload)
+            if not events and self._gang and not self._gang.is_alive():
+                raise SystemFailure(
+                    "the gang of a trial ended", str(self._gang.error), "run it again: it goes on"
+                )
+
+    def critic(self, prepared: Prepared) -> tuple[Critic, list[Picture]]:
+        """The critic of a subject, and what the base draws of its class."""
+        name = prepared.name
+        if name not in self._critics:
+            bench, run, base = self.bench, prepared.run, prepared.base
+            photos = [crops(png, base.image_size, run.data)[0] for png in photo_rows(self.storage, prepared)]
+            critic = Critic(
+                photos,
+                prepared.identity.class_noun,
+                open_embedder(bench.dino),
+                open_embedder(bench.clip),
+            )
+            pngs = list(prior_pngs(self.storage, self._prior(prepared), run.prior.num_images))
+            of_base = [Picture(CLASS_PROMPT, seed, one) for seed, one in enumerate(decoded(pngs))]
+            self._critics[name] = critic, of_base
+        return self._critics[name]
+
+    def latents(self, prepared: Prepared) -> tuple[list[Any], list[Any]]:
+        """References to the latents of a subject and its class, put into the object store once."""
+        name = prepared.name
+        if name not in self._latents:
+            base, wanted = prepared.base, prepared.run.prior.num_images
+            images = prior_images(self.storage, self._prior(prepared), wanted)
+            of_class = latent_refs(self.storage, base, images, wanted)
+            self._latents[name] = latent_refs(self.storage, base, prepared.subject_images()), of_class
+        return self._latents[name]
+
+    def close(self) -> None:
+        """Let the gang go."""
+        if self._mailbox:
+            self._mailbox.stop()
+            if self._gang:
+                self._gang.join(timeout=10)
+            self._mailbox.close()
+            self._mailbox = None
+
+    def _prior(self, prepared: Prepared) -> str:
+        """The key of the class images, also for a recipe that does not train on them."""
+        noun = prepared.identity.class_noun
+        return prior_key(prepared.base, prepared.run.prior, noun, self.bench.device)
+
+    def _open(self) -> MailboxClient:
+        if self._mailbox is None:
+            self._mailbox = create(self._name)
+            self._gang = GangThread(lambda: run_gang(self._name, self.bench.shape))
+            self._gang.start()
+        return self._mailbox
+
+
+class Trial:
+    """One recipe on its way from rung to rung.
+
+    Args:
+        workplace: Trains and scores.
+        values: The recipe's, by dotted setting.
+    """
+
+    def __init__(self, workplace: Workplace, values: dict[str, Any]) -> None:
+        self._place, self._bench = workplace, workplace.bench
+        self.values, self.key = values, key_of(values)
+        known = read_trial(workplace.storage, self._bench.study, self.key)
+        self.record: Record = known or {"values": values, "state": "running", "rows": []}
+        self._rung = 0
+
+    def step(self) -> Record:
+        """The next rung: what is on record of it, or what is found by training on; `last` if nothing comes after it.
+
+        Raises:
+            SystemFailure: A worker failed.
+        """
+        rung, rows = self._rung, self.record["rows"]
+        self._rung += 1
+        if rung >= len(rows):
+            step, since = self._bench.rungs[rung], self._bench.rungs[rung - 1] if rung else 0
+            ended = rung + 1 == len(self._bench.rungs)
+            self.record["state"] = "done" if ended else "running"
+            try:
+                rows.append(self._climb(step, since))
+            except (
+                UserError
+            ) as error:  # such as a learning rate with which it diverges: an answer, and no good one
+                rows.append({"step": step, **LOST, "steps_spent": 0, "reason": error.as_json()})
+                self.record["state"], ended = "failed", True
+            self._place.storage.write_json(trial_path(self._bench.study, self.key), self.record)
+            if ended:
+                forget(self._place.storage, self._bench, self.key)
+        ended = rung + 1 == len(self._bench.rungs)
+        stopped = self.record["state"] in ("stopped", "failed") and rung + 1 >= len(rows)
+        return {**rows[rung], "last": ended or stopped}
+
+    def _climb(self, until: int, since: int) -> Record:
+        began, starts = time.monotonic(), []
+        scores: dict[str, Scores] = {}
+        for spec in self._bench.specs:
+            prepared = prepare(self._run(spec), self._place.storage)
+            lease = self._lease(prepared, until)
+            starts.append(self._place.train(lease))
+            scores[prepared.name] = self._score(prepared, lease, until)
+        return {
+            "step": until,
+            "worth": sum(map(worth, scores.values())) / len(scores),
+            **means(scores),
+            "steps_spent": (until - since) * len(scores),
+            "seconds": round(time.monotonic() - began, 2),
+            "start_s": [round(seconds, 3) for seconds in starts],
+            "subjects": {name: one.as_json() for name, one in scores.items()},
+        }
+
+    def _run(self, spec: Mapping[str, Any]) -> Any:
+        bench = self._bench
+        trained = {
+            "train": {"steps": bench.rungs[-1]},
+            "checkpoint": {"every": bench.rungs[-1], "keep": 1, "keep_best": False},
+            "validate": {
+                "every": bench.rungs[-1],
+                "samples": 1,
+                "prompts": [*bench.prompts, CLASS_PROMPT],
+                "num_images": bench.num_images,
+                "steps": DRAW_STEPS,
+                "unguided": False,
+            },
+        }
+        return parse_run(merge(merge(spec, sections(self.values)), trained))
+
+    def _lease(self, prepared: Prepared, until: int) -> Lease:
+        subject, of_class = self._place.latents(prepared)
+        preserved = prepared.run.prior.weight > 0
+        return Lease(
+            run=prepared.run.model_dump(mode="json", by_alias=True),
+            name=prepared.name,
+            version=version_of(self._bench.study, self.key),
+            base_model=prepared.base.model,
+            base_revision=prepared.base.revision,
+            storage_uri=self._bench.storage_uri,
+            subject_latents=subject,
+            class_latents=of_class if preserved else (),
+            subject_ids=prepared.subject_ids,
+            class_ids=prepared.class_ids,
+            identity=prepared.identity.as_json(),
+            meta={"fingerprint": prepared.fingerprint, "subject_names": prepared.photo_names},
+            sample_ids=prepared.sample_ids,
+            until=until,
+        )
+
+    def _score(self, prepared: Prepared, lease: Lease, step: int) -> Scores:
+        bench = self._bench
+        path = grid_path(lease.name, bench.study, self.key, step)
+        prompts = (*bench.prompts, CLASS_PROMPT)
+        [picture] = decoded([self._place.storage.read(path)])
+        found = tiles(picture, bench.num_images, len(prompts))
+        seeds = range(bench.num_images)
+        asked = [(prompt, seed) for prompt in prompts for seed in seeds]
+        drawn = [Picture(*one, pixels) for one, pixels in zip(asked, found, strict=True)]
+        critic, of_base = self._place.critic(prepared)
+        of_class = [one for one in drawn if one.prompt == CLASS_PROMPT]
+        own = [one for one in drawn if one.prompt != CLASS_PROMPT]
+        return critic.score(own, of_class, of_base[: len(of_class)])
+
+
+def grid_path(name: str, study: str, key: str, step: int) -> str:
+    """The drawings of a subject at a rung: a row for each prompt, the class last."""
+    return f"runs/{name}/{version_of(study, key)}/samples/step_{step:06d}.png"
+
+
+def means(scores: Mapping[str, Scores]) -> dict[str, float]:
+    """The three objectives, as means over subjects: likeness, obedience, and what the class has lost."""
+    count = len(scores)
+    drifts = [one.drift.value if one.drift else 0.0 for one in scores.values()]
+    return {
+        "dino": sum(one.metrics["dino"].value for one in scores.values()) / count,
+        "clip_t": sum(one.metrics["clip_t"].value for one in scores.values()) / count,
+        "drift": sum(drifts) / count,
+    }
+
+
+def forget(storage: Storage, bench: Bench, key: str) -> None:
+    """Delete the checkpoints of a trial that goes on no more; its drawings stay for the report."""
+    for spec in bench.specs:
+        checkpoint.delete(storage, f"runs/{spec['subject']['name']}/{version_of(bench.study, key)}")
+
+
+def photo_rows(storage: Storage, prepared: Prepared) -> list[bytes]:
+    """The photos of a prepared subject that are trained, as PNG bytes."""
+    rows = storage.read_rows(f"{prepared.photos.path}/photos.parquet", prepared.photos.digest)
+    pngs: list[bytes] = rows["png"]
+    return pngs[: len(pngs) - prepared.run.data.holdout]

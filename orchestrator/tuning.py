@@ -1,0 +1,372 @@
+"""This file is where a study goes its way: from subjects and a space to the best recipe, written down and shown."""
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import yaml
+
+from cluster.errors import SystemFailure, UserError
+from cluster.objects import StorageError
+from cluster.session import gpu_count, session
+from cluster.storage import Storage
+from orchestrator.critic import Scores
+from orchestrator.embedders import DEFAULTS, open_embedder
+from orchestrator.gate import gained
+from orchestrator.mlflow_tracker import MlflowTracker
+from orchestrator.prepare import Prepared, prepare
+from orchestrator.progress import Stages
+from orchestrator.protocol import SETS, prompts_for
+from orchestrator.scores import Estimate
+from orchestrator.space import Space, draw, every, including, key_of, sections, values_at
+from orchestrator.study import rungs, search
+from orchestrator.study_page import write_study_page
+from orchestrator.tracking import tracking_uri
+from orchestrator.trial import Bench, Record, read_trial, study_path
+from training.gang import GangShape
+from training.prior import draw_priors, prior_images, prior_key
+from training.recipe import Run, base_family
+from training.stream import Pool, encode
+
+SCORED = 4  # prompts of the set that are drawn at a rung
+NAME = r"[a-z0-9][a-z0-9_-]{0,62}"
+
+
+@dataclass(frozen=True)
+class StudySpec:
+    """A study as it was asked for."""
+
+    name: str
+    runs: tuple[Run, ...]
+    """One for each subject, with the recipe that is varied."""
+    space: Space
+    trials: int = 32
+    search: str = "optuna"
+    """`optuna`, `random` or `grid`."""
+    scheduler: str = "asha"
+    """`asha` or `none`."""
+    steps: int = 0
+    """Most steps of a trial; 0 takes the recipe's."""
+    seed: int = 0
+    num_images: int = 2
+    prompts: tuple[str, ...] = ()
+    """Drawn at a rung; empty takes four of the set of the first subject's class and base."""
+    gangs: int = 1
+    dino: str | None = None
+    clip: str | None = None
+
+    @property
+    def budget(self) -> int:
+        """Most steps of a trial and subject."""
+        return self.steps or self.runs[0].train.steps
+
+    def as_json(self) -> dict[str, Any]:
+        """What decides what is tried: a study of the same name must agree."""
+        told = {key: value for key, value in asdict(self).items() if key not in ("runs", "gangs")}
+        told["space"] = {key: asdict(one) for key, one in self.space.items()}
+        told["subjects"] = [run.model_dump(mode="json", by_alias=True) for run in self.runs]
+        plain: dict[str, Any] = json.loads(json.dumps(told))
+        return plain
+
+
+@dataclass
+class StudyOutcome:
+    """What a study found."""
+
+    study: str
+    state: str
+    trials: int
+    recipe: str
+    """The best recipe's path or URI."""
+    values: dict[str, Any]
+    step: int
+    """At which it was best."""
+    worth: float
+    gain: dict[str, float] | None
+    """Over the recipe that was varied, with its interval; `None` where that is not known."""
+    better: bool
+    """Whether the gain is more than its interval."""
+    pareto: list[dict[str, Any]]
+    steps_spent: int
+    steps_of_grid: int
+    """That so many trials would have taken without a scheduler."""
+    seconds: float
+    page: str = ""
+    run_id: str | None = field(default=None)
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+def recipe_path(name: str) -> str:
+    """Where a registered recipe lies."""
+    return f"recipes/{name}.yaml"
+
+
+def run_study(spec: StudySpec, storage: Storage, stages: Stages, address: str | None) -> StudyOutcome:
+    """Search for the best recipe; the same study again goes on, and does nothing once it is done.
+
+    Args:
+        spec: The study.
+        storage: Root.
+        stages: Shows progress.
+        address: Ray cluster to join; `None` starts a private one on this machine.
+
+    Raises:
+        UserError: A subject or a setting cannot be used, or there is another study of this name.
+        SystemFailure: A worker failed; the same command goes on.
+    """
+    refusal = UserError(
+        f"the study {spec.name} is being run by another process",
+        "its lock is held",
+        "wait, or give another --name",
+    )
+    storage.check_writable()
+    with storage.lock_or_refuse(f"locks/study-{spec.name}", refusal):
+        try:
+            return _Study(spec, storage, stages).run(address)
+        except StorageError as error:
+            raise error.failure() from error
+
+
+class _Study:
+    def __init__(self, spec: StudySpec, storage: Storage, stages: Stages) -> None:
+        self.spec, self.storage, self.stages = spec, storage, stages
+        self.path = study_path(spec.name)
+        self.defaults = values_at(spec.runs[0].model_dump(mode="json", by_alias=True), spec.space)
+        self.space = including(spec.space, self.defaults)
+        self.began = time.monotonic()
+        self.keys: dict[str, None] = {}  # of the trials, in the order they were heard of
+
+    def run(self, address: str | None) -> StudyOutcome:
+        spec = self.spec
+        self._agree()
+        self.keys = dict.fromkeys(self.storage.read_json(f"{self.path}/study.json").get("order", []))
+        family = base_family(spec.runs[0].base.model)
+        dino, clip = (
+            given or known for given, known in zip((spec.dino, spec.clip), DEFAULTS[family], strict=True)
+        )
+        if not open_embedder(clip).reads or not open_embedder(dino):
+            raise UserError(f"--clip {clip} reads no words", "it embeds pictures alone", "name a CLIP")
+        prepared = [prepare(run, self.storage) for run in spec.runs]
+        for one in prepared:
+            for note in one.notes:
+                self.stages.note(f"note: {one.name}: {note}")
+        cluster = spec.runs[0].cluster
+        cpus = spec.gangs * (cluster.workers * cluster.cpus_per_worker + 1) + 2
+        with session(address, cpus, self.storage):
+            gpus = float(gpu_count() > 0) if cluster.gpus_per_worker == "auto" else cluster.gpus_per_worker
+            shape = GangShape(cluster.workers, cluster.cpus_per_worker, gpus)
+            device = "cuda" if gpus else "cpu"
+            self._make_ready(prepared, Pool(gpus=float(gpus > 0)), device)
+            bench = Bench(
+                study=spec.name,
+                storage_uri=self.storage.uri,
+                specs=tuple(run.model_dump(mode="json", by_alias=True) for run in spec.runs),
+                prompts=spec.prompts or self._prompts(family),
+                num_images=spec.num_images,
+                rungs=rungs(spec.budget),
+                dino=dino,
+                clip=clip,
+                shape=shape,
+                device=device,
+            )
+            recipes = self._recipes()
+            number = len(recipes) if spec.search != "optuna" else spec.trials
+            total = number * spec.budget * len(spec.runs)
+            with self.stages.stage(f"trying {number} recipes", total) as stage:
+                search(
+                    bench,
+                    recipes,
+                    self.space if spec.search == "optuna" else None,
+                    number,
+                    spec.scheduler == "asha",
+                    spec.seed,
+                    spec.gangs,
+                    key_of(self.defaults),
+                    lambda key, row: self._heard(stage, key, row),
+                )
+        return self._end(bench)
+
+    def _agree(self) -> None:
+        """Put the study on record, or see that what is there is the same."""
+        path, told = f"{self.path}/study.json", self.spec.as_json()
+        if self.storage.exists(path):
+            known = self.storage.read_json(path)
+            if known["spec"] != told:
+                other = ", ".join(key for key in told if known["spec"].get(key) != told[key])
+                raise UserError(
+                    f"there is another study {self.spec.name}",
+                    f"with other {other}",
+                    "give another --name, or the same settings to go on with it",
+                )
+        else:
+            self.storage.write_json(path, {"spec": told, "state": "running"})
+
+    def _make_ready(self, prepared: Sequence[Prepared], pool: Pool, device: str) -> None:
+        """Draw class images and encode everything, once for all trials."""
+        base = prepared[0].base
+        asked = {
+            prior_key(base, one.run.prior, one.identity.class_noun, device): (
+                one.run.prior,
+                one.identity.class_noun,
+            )
+            for one in prepared
+        }
+        with self.stages.stage("drawing class images", len(asked)) as stage:
+            draw_priors(
+                self.storage, base, list(asked.values()), pool, on_set=lambda number, images: stage.advance()
+            )
+        sets = [prior_images(self.storage, key, prior.num_images) for key, (prior, _) in asked.items()]
+        sets += [one.subject_images() for one in prepared]
+        with self.stages.stage("encoding", len(sets)) as stage:
+            encode(self.storage, base, sets, pool, on_set=lambda number: stage.advance())
+
+    def _prompts(self, family: str) -> tuple[str, ...]:
+        """A few of the set, spread over it."""
+        prompts = SETS[prompts_for(self.spec.runs[0].subject.class_noun, family)]
+        return prompts[:: -(-len(prompts) // SCORED)]
+
+    def _recipes(self) -> list[dict[str, Any]]:
+        """What is tried first: the recipe that is varied, then all of a grid or of a random search, and before Optuna
+        chooses, what it chose before."""
+        spec = self.spec
+        if spec.search == "grid":
+            found = every(spec.space)[: spec.trials]
+        elif spec.search == "random":
+            found = draw(spec.space, spec.trials - 1, spec.seed)
+        else:
+            found = [record["values"] for key in self.keys if (record := self._record(key))]
+        return list({key_of(values): values for values in (self.defaults, *found)}.values())[: spec.trials]
+
+    def _record(self, key: str) -> Record | None:
+        return read_trial(self.storage, self.spec.name, key)
+
+    def _heard(self, stage: Any, key: str, row: Mapping[str, Any]) -> None:
+        if key not in self.keys:
+            self.keys[key] = None
+            path = f"{self.path}/study.json"
+            self.storage.write_json(path, {**self.storage.read_json(path), "order": list(self.keys)})
+        steps = sum(int(one["steps_spent"]) for k in self.keys if (r := self._record(k)) for one in r["rows"])
+        stage.at(steps, f"{key} worth {row['worth']:.3f} at step {row['step']}")
+
+    # -- what was found ------------------------------------------------------------------------------------
+
+    def _end(self, bench: Bench) -> StudyOutcome:
+        spec, records = self.spec, {key: self._record(key) for key in self.keys}
+        trials = {key: record for key, record in records.items() if record and record["rows"]}
+        if not trials:
+            raise SystemFailure("no trial of the study told anything", "", "run it again")
+        rows = [(key, row) for key, record in trials.items() for row in record["rows"]]
+        key, best = max(rows, key=lambda one: float(one[1]["worth"]))
+        gain = self._gain(best, trials.get(key_of(self.defaults)))
+        values = {**trials[key]["values"], "train.steps": best["step"]}
+        spent = sum(int(row["steps_spent"]) for _, row in rows)
+        better = bool(gain and gain.low > 0)
+        outcome = StudyOutcome(
+            study=spec.name,
+            state="succeeded",
+            trials=len(trials),
+            recipe=self.storage.full(recipe_path(spec.name)),
+            values=values,
+            step=int(best["step"]),
+            worth=round(float(best["worth"]), 4),
+            gain=gain.as_json() if gain else None,
+            better=better,
+            pareto=front(trials),
+            steps_spent=spent,
+            steps_of_grid=len(trials) * spec.budget * len(spec.runs),
+            seconds=round(time.monotonic() - self.began, 1),
+        )
+        text = yaml.safe_dump(sections(values), sort_keys=True)
+        note = f"the best of {len(trials)} trials of the study {spec.name}, worth {outcome.worth}"
+        self.storage.write(recipe_path(spec.name), f"# {note}\n{text}".encode())
+        page = write_study_page(self.storage, bench, outcome, trials, self.space, key, key_of(self.defaults))
+        outcome.page = self.storage.full(page)
+        outcome.run_id = self._mirror(outcome, trials, page, text)
+        path = f"{self.path}/study.json"
+        told = {**self.storage.read_json(path), "state": "succeeded", "outcome": outcome.as_json()}
+        self.storage.write_json(path, told)
+        return outcome
+
+    def _gain(self, best: Mapping[str, Any], defaults: Record | None) -> Estimate | None:
+        """Over the recipe that was varied at its own number of steps, by the drawings that both have."""
+        if not defaults or "subjects" not in defaults["rows"][-1] or "subjects" not in best:
+            return None
+        theirs = defaults["rows"][-1]["subjects"]
+        ours = best["subjects"]
+        pairs = [(Scores.from_json(ours[name]), Scores.from_json(theirs[name])) for name in ours]
+        return gained(pairs)
+
+    def _mirror(
+        self, outcome: StudyOutcome, trials: Mapping[str, Record], page: str, recipe: str
+    ) -> str | None:
+        """The study as a run of MLflow, with one below it for every trial; what it misses is a note."""
+        spec, track = self.spec, self.spec.runs[0].track
+        uri, experiment = tracking_uri(self.storage, track.mlflow), track.experiment
+        try:
+            parent = MlflowTracker(
+                uri,
+                experiment,
+                self.storage,
+                f"study {spec.name}",
+                {
+                    "trials": outcome.trials,
+                    "search": spec.search,
+                    "scheduler": spec.scheduler,
+                    **outcome.values,
+                },
+                {"raybooth.study": spec.name},
+                self.storage.read_json(f"{self.path}/study.json").get("mlflow"),
+                system_metrics=False,
+            )
+            for key, record in trials.items():
+                child = MlflowTracker(
+                    uri,
+                    experiment,
+                    self.storage,
+                    f"{spec.name}.{key}",
+                    record["values"],
+                    {"raybooth.study": spec.name, "raybooth.trial": key},
+                    None,
+                    parent=parent.run_id,
+                    system_metrics=False,
+                )
+                for row in record["rows"]:
+                    child.measure(
+                        int(row["step"]), {name: row[name] for name in ("worth", "dino", "clip_t", "drift")}
+                    )
+                child.finish("succeeded")
+            figures = {"worth": outcome.worth, "steps_spent": float(outcome.steps_spent)}
+            parent.measure(0, figures | ({"gain": outcome.gain["value"]} if outcome.gain else {}))
+            parent.document("report", "index.html", self.storage.read(page))
+            parent.document("report", "recipe.yaml", recipe.encode())
+            parent.finish("succeeded")
+        except Exception as error:  # a mirror: the record is ours
+            self.stages.note(f"MLflow missed the study: {[*str(error).splitlines(), ''][0]}")
+            return None
+        return parent.run_id
+
+
+def front(trials: Mapping[str, Record]) -> list[dict[str, Any]]:
+    """The Pareto front: of every trial its best row, if no other trial's is at least as good in likeness, obedience and
+    preservation and better in one of them."""
+    best = {key: max(record["rows"], key=lambda row: float(row["worth"])) for key, record in trials.items()}
+    points = {key: (row["dino"], row["clip_t"], -max(row["drift"], 0.0)) for key, row in best.items()}
+    return [
+        {
+            "trial": key,
+            "values": trials[key]["values"],
+            **{
+                name: round(float(best[key][name]), 4)
+                for name in ("worth", "dino", "clip_t", "drift", "step")
+            },
+        }
+        for key, mine in points.items()
+        if not any(
+            all(theirs[i] >= mine[i] for i in range(3)) and theirs != mine for theirs in points.values()
+        )
+    ]
