@@ -15,8 +15,8 @@ from orchestrator.cli_campaign import app as campaign_app
 from orchestrator.cli_deploy import app as services_app
 from orchestrator.cli_deploy import deploy
 from orchestrator.cli_draw import demo, generate
-from orchestrator.cli_export import export, import_
 from orchestrator.cli_evaluate import evaluate
+from orchestrator.cli_export import export, import_
 from orchestrator.cli_inspect import inspect
 from orchestrator.cli_jobs import app as jobs_app
 from orchestrator.cli_keys import app as keys_app
