@@ -9,6 +9,7 @@ whether a spot node is reclaimed, a node drained, a pod evicted or a cluster del
 
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 
 LOOK_S = 0.5
+CONNECT_S = 3.0
 _IDLE = b"ray::IDLE"
 _DRIVER = (b"campaign", b"run")
 
@@ -30,10 +32,16 @@ def announce(address: str, node_id: str, deadline_s: float) -> bool:
 
     Returns:
         Whether Ray has accepted it.
+
+    Raises:
+        OSError: The GCS is not there.
     """
     from ray._raylet import GcsClient  # type: ignore[attr-defined]
     from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 
+    host, _, port = address.rpartition(":")
+    with socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S):
+        pass  # Ray itself would try for most of a minute, and a finished job would hold its pods as long
     reason = DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
     deadline_ms = int((time.time() + deadline_s) * 1000)
     accepted, _ = GcsClient(address).drain_node(node_id, reason, "the pod is taken away", deadline_ms)

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -242,6 +243,15 @@ def test_a_pod_in_which_ray_has_ended_has_nothing_to_wait_for(tmp_path: Path) ->
     (tmp_path / str(os.getpid())).mkdir()
     (tmp_path / str(os.getpid()) / "cmdline").write_bytes(b"python\0-m\0pytest\0")
     assert leave_node(5, tmp_path)
+
+
+def test_a_pod_whose_head_is_gone_does_not_wait_for_it(tmp_path: Path) -> None:
+    (tmp_path / "1").mkdir()
+    (tmp_path / "1" / "cmdline").write_bytes(
+        b"/ray/raylet\0--gcs-address=127.0.0.1:1\0--node_id=" + b"ab" * 28 + b"\0"
+    )
+    began = time.monotonic()
+    assert not leave_node(60, tmp_path) and time.monotonic() - began < 10
 
 
 def test_options_of_a_submission_are_told_apart_by_their_digest() -> None:
