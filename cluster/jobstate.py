@@ -16,8 +16,8 @@ class JobState:
     """Where a job or a service stands."""
 
     state: str
-    """`queued`, `starting`, `running`, `retrying`, `stopping`, `succeeded`, `failed`; of a service also `serving` and
-    `upgrading`."""
+    """`queued`, `starting`, `running`, `retrying`, `suspending`, `stopping` (it is being deleted), `succeeded`,
+    `failed`; of a service also `serving` and `upgrading`."""
     what: str
     """A clause for people."""
     seen: str = ""
@@ -115,7 +115,7 @@ def job_state(job: Mapping[str, Any], kueue: bool = False) -> JobState:
         "Initializing": ("starting", "its pods are starting"),
         "Waiting": ("starting", "it waits to be handed to Ray"),
         "Suspended": ("queued", "it waits in its queue for quota" if kueue else "it is suspended"),
-        "Suspending": ("stopping", "its queue takes its quota back: what is trained is saved"),
+        "Suspending": ("suspending", "its queue takes its quota back: what is trained is saved"),
         "Retrying": ("retrying", f"its cluster was lost; attempt {facts['attempts']} begins"),
     }.get(deployment)
     if what:

@@ -90,6 +90,10 @@ def submit(
     pull_secret: PullSecret = "",
     context: Context = "",
     dry_run: DryRun = "none",
+    again: Annotated[
+        bool,
+        typer.Option("--again", help="Run it again although it has succeeded: for photos that have changed."),
+    ] = False,
     wait: Annotated[bool, typer.Option("--wait", "-w", help="Wait for its end, and exit as it did.")] = False,
     as_json: JsonOption = False,
     debug: DebugOption = False,
@@ -160,13 +164,14 @@ def submit(
                 output.say(f"{document['kind']} {document['metadata']['name']} {told}")
             output.result = {"campaign": spec.name, "state": "checked", "size": size.as_json()}
             return
-        _launch(output, api, documents, wait)
+        # of a manifest that the pods read nobody here knows whether it has changed
+        _launch(output, api, documents, again or as_it_lies, wait)
 
 
-def _launch(output: Output, api: "KubeApi", documents: list[dict[str, Any]], wait: bool) -> None:
+def _launch(output: Output, api: "KubeApi", documents: list[dict[str, Any]], again: bool, wait: bool) -> None:
     from orchestrator.launch import follow, launch
 
-    state, made = launch(api, documents)
+    state, made = launch(api, documents, again)
     job = documents[0]["metadata"]["name"]
     output.say(f"job {job} in {api.namespace}: {'submitted' if made else 'is there already'}, {state.line()}")
     if not wait:
@@ -218,18 +223,10 @@ def ray_version() -> str:
 
 
 def print_yaml(documents: list[dict[str, Any]]) -> None:
-    """Write objects to stdout, for kubectl."""
-    import yaml
-
-    print(yaml.dump_all(documents, Dumper=_Dumper(), sort_keys=False, width=120), end="")
-
-
-def _Dumper() -> Any:
+    """Write objects to stdout, for kubectl: long texts line by line, nothing by reference to what stands above."""
     import yaml
 
     class Dumper(yaml.SafeDumper):
-        """Writes texts of several lines as such, and nothing as a reference to what stands elsewhere."""
-
         def ignore_aliases(self, data: Any) -> bool:
             return True
 
@@ -237,4 +234,4 @@ def _Dumper() -> Any:
         return dumper.represent_scalar("tag:yaml.org,2002:str", value, style="|" if "\n" in value else None)
 
     Dumper.add_representer(str, text)
-    return Dumper
+    print(yaml.dump_all(documents, Dumper=Dumper, sort_keys=False, width=120), end="")

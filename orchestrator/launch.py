@@ -29,13 +29,14 @@ class Api(Protocol):
     def log(self, pod: str, container: str, follow: bool) -> Any: ...
 
 
-def launch(api: Api, documents: Sequence[Document]) -> tuple[JobState, bool]:
+def launch(api: Api, documents: Sequence[Document], again: bool = False) -> tuple[JobState, bool]:
     """Submit a campaign. The same submission again changes nothing while it runs, or after it has succeeded; what has
     failed is replaced, and goes on from what is saved.
 
     Args:
         api: The cluster.
         documents: Of `render_job`.
+        again: Replace what has succeeded too.
 
     Returns:
         Where its job stands, and whether it was made now.
@@ -51,7 +52,8 @@ def launch(api: Api, documents: Sequence[Document]) -> tuple[JobState, bool]:
         there = made or api.read("RayJob", name)
         if there is None:
             continue  # it went away in between
-        if digest_of(there) == digest_of(job) and not _is_over(there):
+        over = ("failed", "stopping", *(("succeeded",) if again else ()))
+        if digest_of(there) == digest_of(job) and (made or _state(there).state not in over):
             break
         _make_room(api, job, there)
     else:
@@ -156,12 +158,6 @@ def _state(job: Document) -> JobState:
 def digest_of(job: Document) -> str | None:
     annotations: Mapping[str, str] = job["metadata"].get("annotations") or {}
     return annotations.get(DIGEST)
-
-
-def _is_over(job: Document) -> bool:
-    """Whether nothing comes of it any more but by being made anew."""
-    state = _state(job)
-    return state.state in ("failed", "stopping")
 
 
 def _make_room(api: Api, job: Document, there: Document) -> None:

@@ -34,6 +34,7 @@ SPOT_LABELS = {
     "kubernetes.azure.com/scalesetpriority": "spot",
     "karpenter.sh/capacity-type": "spot",
     "eks.amazonaws.com/capacityType": "SPOT",
+    "raybooth/pool": "gpu-spot",  # of Kueue's flavors in k8s/: else it would admit a head where it cannot be put
 }
 
 

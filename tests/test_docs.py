@@ -21,7 +21,7 @@ DOCUMENTS = [
     ROOT / "README.md",
     *(
         ROOT / "docs" / f"{page}.md"
-        for page in ("campaigns", "guide", "provenance", "reliability", "serving")
+        for page in ("campaigns", "guide", "kubernetes", "provenance", "reliability", "serving")
     ),
 ]
 
@@ -31,7 +31,9 @@ def commands() -> list[str]:
     for page in DOCUMENTS:
         lines = page.read_text(encoding="utf-8").splitlines()
         found += [line.strip().split("  #")[0] for line in lines if line.startswith("    raybooth ")]
-        about = {"campaigns.md": "campaign run", "provenance.md": "generate"}.get(page.name, "train")
+        about = {"campaigns.md": "campaign run", "provenance.md": "generate", "kubernetes.md": "submit"}.get(
+            page.name, "train"
+        )
         inline = re.findall(r"`(--[^`]+)`", "\n".join(lines))
         found += [f"raybooth {about} {options}" for options in inline if "--json" not in options]
     return found

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,15 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
-from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
-from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
     get_or_create_autoscaling_coordinator,
 )
 from safetensors.numpy import load_file
 
 import training.gang
+from cluster.leaving import announce
 from cluster.mailbox import Event
 from cluster.private import WITHOUT_GPU
 from cluster.session import _EVERYWHERE
@@ -64,11 +62,8 @@ def count_nodes() -> None:
 
 
 def reclaim(cluster: Cluster, node: Any, deadline_s: float) -> None:
-    """Announce that a node is taken away, as a cloud does for a spot instance."""
-    deadline = int((time.time() + deadline_s) * 1000)
-    reason = DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
-    accepted, why = GcsClient(cluster.address).drain_node(node.node_id, reason, "spot", deadline)
-    assert accepted, why
+    """Announce that a node is taken away, as the preStop hook of a worker pod does."""
+    assert announce(cluster.address, node.node_id, deadline_s)
 
 
 def tensors(storage: Storage, name: str) -> dict[str, Any]:

@@ -24,7 +24,7 @@ ENDED = (
         ({"jobDeploymentStatus": "Initializing"}, "starting", 0, "pods are starting"),
         ({"jobDeploymentStatus": "Waiting"}, "starting", 0, "waits to be handed to Ray"),
         ({"jobDeploymentStatus": "Suspended"}, "queued", 0, "waits in its queue"),
-        ({"jobDeploymentStatus": "Suspending"}, "stopping", 0, "takes its quota back"),
+        ({"jobDeploymentStatus": "Suspending"}, "suspending", 0, "takes its quota back"),
         ({"jobDeploymentStatus": "Retrying", "failed": 1}, "retrying", 0, "attempt 2 begins"),
         ({"jobDeploymentStatus": "Running", "jobStatus": "RUNNING"}, "running", 0, "campaign runs"),
         ({"jobDeploymentStatus": "Sparkling"}, "running", 0, "KubeRay says Sparkling"),

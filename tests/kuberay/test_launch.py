@@ -89,11 +89,21 @@ def test_a_job_that_has_ended_makes_room(
     assert config["metadata"]["ownerReferences"][0]["uid"] == after["metadata"]["uid"]
 
 
-def test_a_campaign_that_has_succeeded_is_not_run_again(cluster: Any, api: KubeApi) -> None:
+def test_a_campaign_that_has_succeeded_is_run_again_only_when_asked_to(cluster: Any, api: KubeApi) -> None:
     launch(api, documents())
     cluster.report("night", **DONE)
     state, made = launch(api, documents())
     assert not made and state.state == "succeeded"
+    state, made = launch(api, documents(), again=True)
+    assert made and state.state == "starting"
+
+
+@pytest.mark.parametrize("status", ["Suspended", "Suspending", "Retrying", "Running"])
+def test_a_job_that_its_queue_holds_back_is_still_there(cluster: Any, api: KubeApi, status: str) -> None:
+    launch(api, documents())
+    cluster.report("night", jobDeploymentStatus=status)
+    _, made = launch(api, documents(), again=True)
+    assert not made and cluster.sent("DELETE") == []
 
 
 def test_a_job_of_somebody_else_is_left_alone(cluster: Any, api: KubeApi) -> None:

@@ -52,6 +52,14 @@ def test_light_modules_import_neither_torch_nor_ray(module: str) -> None:
         "subjects list",
         "subjects promote",
         "prior show",
+        "submit",
+        "deploy",
+        "jobs list",
+        "jobs status",
+        "jobs logs",
+        "jobs cancel",
+        "services status",
+        "services delete",
     ],
 )
 def test_every_command_shows_an_example(command: str) -> None:
