@@ -28,6 +28,7 @@ from training.pipeline import (
     save_pipeline,
     write_scheduler,
 )
+from training.prompt import render_prompt
 from training.recipe import Lora, Objective
 from training.schedule import trained_scheduler
 from training.singlefile import single_file
@@ -90,9 +91,7 @@ def export(
         target = _target(out, f"{name}-{found}", folder=wanted == "diffusers")
         base = open_base(artifact.manifest["base"]["model"], artifact.manifest["base"]["revision"])
         identity = artifact.identity
-        prompt = identity.template.format_map(
-            {"identifier": identity.identifier, "class": identity.class_noun}
-        )
+        prompt = render_prompt("{subject}", identity.class_noun, identity.identifier, identity.template)
         extraction: Extraction | None = None
         if whole:
             _write_whole(artifact, base, wanted, target)

@@ -1,5 +1,6 @@
 """This file is where LoRAs of other programs come in: each becomes a version, served as if trained here."""
 
+import json
 import tempfile
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -11,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from cluster.errors import UserError
 from cluster.registry import Registry
-from cluster.storage import Storage, sha256_file
+from cluster.storage import Storage, sha256, sha256_file
 from orchestrator.prepare import destination
 from orchestrator.spec import parse_run
 from training.artifact import Identity, artifact_meta, artifact_path
@@ -74,7 +75,8 @@ def import_lora(
     )
     choice = choose_identifier(load_tokenizer(info), identifier, class_noun)
     digest = sha256_file(path)
-    fingerprint = digest[:16]
+    decides = [digest, info.revision, class_noun, choice.identifier]
+    fingerprint = sha256(json.dumps(decides).encode())[:16]
     goal = destination(storage, name, fingerprint, new_version=False)
     artifact = artifact_path(name, goal.version)
     layers = sum(map(len, adapters.values()))

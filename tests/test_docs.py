@@ -96,3 +96,11 @@ def test_the_documents_link_to_files_that_exist() -> None:
         for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
             if "://" not in target:
                 assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_every_yes_among_the_features_names_a_test_that_is_there() -> None:
+    page = (ROOT / "docs" / "features.md").read_text(encoding="utf-8")
+    links = re.findall(r"\(\.\./(tests/[\w/]+\.py)#(\w+)\)", page)
+    assert len(links) > 40 and len(links) == page.count("](")
+    absent = [name for file, name in links if f"def {name}(" not in (ROOT / file).read_text(encoding="utf-8")]
+    assert absent == []

@@ -25,6 +25,7 @@ _OTHER_KINDS = {
     "hada_": "a LoHa",
     "lokr_": "a LoKr",
     "dora_scale": "a DoRA",
+    "lora_magnitude_vector": "a DoRA",
     "lora_mid": "a LoCon with Tucker factors",
 }
 

@@ -149,8 +149,9 @@ def test_what_was_exported_comes_back_as_a_version_that_draws_the_same(
     told = import_lora(booth, Path(done.path), back, "dog", "zwx", str(tiny_base))
     assert (told["version"], told["rank"], told["already"]) == ("v1", KINDS[name]["lora"]["rank"], False)
     assert import_lora(booth, Path(done.path), back, "dog", "zwx", str(tiny_base))["already"]
+    assert import_lora(booth, Path(done.path), back, "dog", "ohwx", str(tiny_base))["version"] == "v2"
     assert np.abs(ours(booth, name) - ours(booth, back)).max() <= 1
-    assert Registry(booth).resolve(back)[1]["identifier"] == "zwx"
+    assert Registry(booth).resolve(back, "v1")[1]["identifier"] == "zwx"
 
 
 def test_a_file_of_several_ranks_and_old_names_comes_in(

@@ -209,7 +209,10 @@ def test_a_run_with_everything_needs_no_class_images_and_ends(
 ) -> None:
     train = {**LORA, "steps": 3, "objective": EVERYTHING, "pairs_per_step": 2}
     job = make_job(
-        "rex", train=train, prior={"target": "base"}, validate={"every": 2, "samples": 2, "prompts": []}
+        "rex",
+        train=train,
+        prior={"target": "base"},
+        validate={"every": 2, "samples": 2, "prompts": []},
     )
     masks = np.ones((3, 8, 8), np.float32)
     job = replace(job, masks=masks, class_latents=[], empty_ids=job.sample_ids[0], sample_ids=())
