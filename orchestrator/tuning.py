@@ -19,6 +19,7 @@ from orchestrator.mlflow_tracker import MlflowTracker
 from orchestrator.prepare import Prepared, prepare
 from orchestrator.progress import Stages
 from orchestrator.protocol import SETS, prompts_for
+from orchestrator.recipes import recipe_path
 from orchestrator.scores import Estimate
 from orchestrator.space import Space, draw, every, including, key_of, sections, values_at
 from orchestrator.study import rungs, search
@@ -101,11 +102,6 @@ class StudyOutcome:
         return asdict(self)
 
 
-def recipe_path(name: str) -> str:
-    """Where a registered recipe lies."""
-    return f"recipes/{name}.yaml"
-
-
 def run_study(spec: StudySpec, storage: Storage, stages: Stages, address: str | None) -> StudyOutcome:
     """Search for the best recipe; the same study again goes on, and does nothing once it is done.
 
@@ -143,7 +139,8 @@ class _Study:
 
     def run(self, address: str | None) -> StudyOutcome:
         spec = self.spec
-        self._agree()
+        if done := self._agree():
+            return StudyOutcome(**done)
         self.keys = dict.fromkeys(self.storage.read_json(f"{self.path}/study.json").get("order", []))
         family = base_family(spec.runs[0].base.model)
         dino, clip = (
@@ -191,8 +188,8 @@ class _Study:
                 )
         return self._end(bench)
 
-    def _agree(self) -> None:
-        """Put the study on record, or see that what is there is the same."""
+    def _agree(self) -> dict[str, Any] | None:
+        """Put the study on record, or see that what is there is the same; returns what it found, if it is done."""
         path, told = f"{self.path}/study.json", self.spec.as_json()
         if self.storage.exists(path):
             known = self.storage.read_json(path)
@@ -203,8 +200,10 @@ class _Study:
                     f"with other {other}",
                     "give another --name, or the same settings to go on with it",
                 )
-        else:
-            self.storage.write_json(path, {"spec": told, "state": "running"})
+            done: dict[str, Any] | None = known.get("outcome")
+            return done
+        self.storage.write_json(path, {"spec": told, "state": "running"})
+        return None
 
     def _make_ready(self, prepared: Sequence[Prepared], pool: Pool, device: str) -> None:
         """Draw class images and encode everything, once for all trials."""
