@@ -61,7 +61,8 @@ def tune(
         from cluster.storage import Storage
         from orchestrator.progress import open_stages
         from orchestrator.space import read_space
-        from orchestrator.tuning import StudySpec, run_study
+        from orchestrator.study_spec import StudySpec
+        from orchestrator.tuning import run_study
 
         for value, known, option in ((search, SEARCHES, "--search"), (scheduler, SCHEDULERS, "--scheduler")):
             if value not in known:

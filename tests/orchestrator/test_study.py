@@ -18,7 +18,8 @@ from orchestrator.progress import Lines
 from orchestrator.space import parse_space
 from orchestrator.spec import parse_run
 from orchestrator.study import rungs
-from orchestrator.tuning import StudySpec, front, run_study
+from orchestrator.study_spec import StudySpec
+from orchestrator.tuning import front, run_study
 from pocket.subject import subject_photos
 from training.recipe import Run
 
