@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from orchestrator.cli_output import DebugOption, JsonOption, Output, StorageOption, reporting, storage_root
-from orchestrator.cli_train import Address, BaseModel, Sets
+from orchestrator.cli_train import Address, BaseModel, RecipeOption, Sets, base_flags, with_recipe
 
 if TYPE_CHECKING:
     from cluster.storage import Storage
@@ -80,11 +80,20 @@ def _record_alone(storage: str, ledger: str) -> "Ledger":
     return Ledger(ledger_uri(storage_root(storage), ledger or None))
 
 
-def _load(manifest: str, name: str, class_noun: str, base: str, sets: list[str] | None) -> "CampaignSpec":
-    from orchestrator.cli_train import base_flags
+def load(
+    manifest: str,
+    name: str,
+    class_noun: str,
+    base: str,
+    sets: list[str] | None,
+    recipe: str,
+    storage: str,
+) -> "CampaignSpec":
+    """The campaign that a manifest and options describe."""
     from orchestrator.manifest import load_campaign
 
-    return load_campaign(manifest, name or None, class_noun or None, base_flags(base), sets or [])
+    flags = with_recipe(recipe, storage, base_flags(base))
+    return load_campaign(manifest, name or None, class_noun or None, flags, sets or [])
 
 
 @app.command("plan")
@@ -93,6 +102,7 @@ def plan(
     name: Name = "",
     class_noun: ClassNoun = "",
     base: BaseModel = "",
+    recipe: RecipeOption = "",
     sets: Sets = None,
     storage: StorageOption = "",
     as_json: JsonOption = False,
@@ -109,7 +119,7 @@ def plan(
         from orchestrator.campaign_plan import plan_campaign
         from orchestrator.progress import open_stages
 
-        spec = _load(manifest, name, class_noun, base, sets)
+        spec = load(manifest, name, class_noun, base, sets, recipe, storage)
         with open_stages().stage("checking subjects", len(spec.rows)) as stage:
             planned = plan_campaign(spec, Storage(storage_root(storage)), on_subject=stage.advance)
         output.result = planned.as_json()
@@ -123,6 +133,7 @@ def run(
     name: Name = "",
     class_noun: ClassNoun = "",
     base: BaseModel = "",
+    recipe: RecipeOption = "",
     sets: Sets = None,
     detach: Detach = False,
     watch: Watch = True,
@@ -147,7 +158,7 @@ def run(
       raybooth campaign run s3://bucket/tonight.parquet --storage s3://bucket/booth --address ray://head:10001 --detach
     """
     with reporting(as_json, debug) as output:
-        spec = _load(manifest, name, class_noun, base, sets)
+        spec = load(manifest, name, class_noun, base, sets, recipe, storage)
         with _record(storage, ledger) as (root, record):
             from orchestrator.submission import enroll
 

@@ -27,6 +27,12 @@ Sets = Annotated[
     list[str] | None,
     typer.Option("--set", help="Any setting, such as train.steps=150; repeatable.", metavar="K=V"),
 ]
+RecipeOption = Annotated[
+    str,
+    typer.Option(
+        "--recipe", help="A recipe that a study found: its name, or a YAML file.", metavar="NAME|FILE"
+    ),
+]
 MinWorkers = Annotated[
     int | None,
     typer.Option(
@@ -57,6 +63,8 @@ def _spec(
     config: Path | None,
     sets: list[str] | None,
     min_workers: int | None,
+    recipe: str,
+    storage: str,
 ) -> "Run":
     """The run that the options describe; a single YAML in the place of photos is a `--config`."""
     from orchestrator.spec import load_run
@@ -66,7 +74,18 @@ def _spec(
     flags = _flags(images, class_noun, name, base, method, config)
     if min_workers is not None:
         flags["cluster"] = {"min_workers": min_workers}
+    flags = with_recipe(recipe, storage, flags)
     return load_run(config, flags, sets or [])
+
+
+def with_recipe(recipe: str, storage: str, flags: dict[str, Any]) -> dict[str, Any]:
+    """Flags laid over the recipe that `--recipe` names; empty names none."""
+    if not recipe:
+        return flags
+    from orchestrator.recipes import read_recipe
+    from training.recipe import merge
+
+    return merge(read_recipe(recipe, storage_root(storage)), flags)
 
 
 def _flags(
@@ -116,6 +135,7 @@ def train(
     base: BaseModel = "",
     method: Method = "",
     config: Config = None,
+    recipe: RecipeOption = "",
     sets: Sets = None,
     min_workers: MinWorkers = None,
     new_version: NewVersion = False,
@@ -135,11 +155,13 @@ def train(
       raybooth train a.jpg b.jpg c.jpg --class teapot --name pot --method full --set train.steps=400
 
       raybooth train run.yaml --storage s3://bucket/booth --json
+
+      raybooth train ./rex --class dog --recipe my-study
     """
     with reporting(as_json, debug) as output:
         from cluster.storage import Storage
 
-        run = _spec(images, class_noun, name, base, method, config, sets, min_workers)
+        run = _spec(images, class_noun, name, base, method, config, sets, min_workers, recipe, storage)
         root = Storage(storage_root(storage))
         from orchestrator.progress import open_stages
         from orchestrator.train import train_subject
@@ -163,6 +185,7 @@ def plan(
     base: BaseModel = "",
     method: Method = "",
     config: Config = None,
+    recipe: RecipeOption = "",
     sets: Sets = None,
     min_workers: MinWorkers = None,
     new_version: NewVersion = False,
@@ -183,7 +206,7 @@ def plan(
         from cluster.storage import Storage
         from orchestrator.plan import plan_run
 
-        run = _spec(images, class_noun, name, base, method, config, sets, min_workers)
+        run = _spec(images, class_noun, name, base, method, config, sets, min_workers, recipe, storage)
         device = "cuda" if sees_gpu() and run.cluster.gpus_per_worker != 0 else "cpu"
         planned = plan_run(run, Storage(storage_root(storage)), new_version, device)
         output.result = planned.as_json()

@@ -6,10 +6,10 @@ from typing import Annotated
 import typer
 
 from cluster.errors import UserError, did_you_mean
-from orchestrator.cli_campaign import ClassNoun
+from orchestrator.cli_campaign import ClassNoun, load
 from orchestrator.cli_evaluate import Clip, Dino
 from orchestrator.cli_output import DebugOption, JsonOption, StorageOption, reporting, storage_root
-from orchestrator.cli_train import Address, BaseModel, Sets
+from orchestrator.cli_train import Address, BaseModel, RecipeOption, Sets
 
 SEARCHES, SCHEDULERS = ("optuna", "random", "grid"), ("asha", "none")
 
@@ -37,6 +37,7 @@ def tune(
     gangs: Annotated[int, typer.Option(min=1, max=1000, help="Recipes tried at a time.")] = 1,
     class_noun: ClassNoun = "",
     base: BaseModel = "",
+    recipe: RecipeOption = "",
     sets: Sets = None,
     dino: Dino = "",
     clip: Clip = "",
@@ -58,16 +59,15 @@ def tune(
     """
     with reporting(as_json, debug) as output:
         from cluster.storage import Storage
-        from orchestrator.cli_train import base_flags
-        from orchestrator.manifest import load_campaign
         from orchestrator.progress import open_stages
         from orchestrator.space import read_space
-        from orchestrator.tuning import StudySpec, run_study
+        from orchestrator.study_spec import StudySpec
+        from orchestrator.tuning import run_study
 
         for value, known, option in ((search, SEARCHES, "--search"), (scheduler, SCHEDULERS, "--scheduler")):
             if value not in known:
                 raise UserError(f"{option} {value} is not known", "", did_you_mean(value, known))
-        found = load_campaign(subjects, name or None, class_noun or None, base_flags(base), sets or [])
+        found = load(subjects, name, class_noun, base, sets, recipe, storage)
         for row in found.rows:
             if row.error:
                 raise row.error

@@ -112,8 +112,13 @@ class Erasure:
                 yield report_path(campaign).rpartition("/")[0]
 
     def _in_evaluations(self, subject: str) -> Iterator[str]:
-        """Pictures of it that were drawn to be scored."""
+        """Pictures of it that were drawn to be scored, and the pages of studies that show it."""
         yield from self._in_gallery(IMAGES, subject)
+        for study in self._storage.names("studies"):
+            path = f"studies/{study}/study.json"
+            told = self._storage.read_json(path) if self._storage.exists(path) else {"spec": {"subjects": []}}
+            if any(run["subject"]["name"] == subject for run in told["spec"]["subjects"]):
+                yield f"studies/{study}/report"
 
     def _in_gallery(self, images: str, subject: str) -> Iterator[str]:
         labels = [name for name in self._storage.names(images) if _is_of(name, subject)]

@@ -151,6 +151,9 @@ class _Told(tune.Callback):  # type: ignore[misc]  # Ray has no types here
         self._bench, self._on_result = bench, on_result
         self._storage = Storage(bench.storage_uri)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Tune writes itself down as a pickle, which nobody reads, and a terminal cannot be written
+
     def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: Any, **info: Any) -> None:
         self._on_result(str(result[KEY]), dict(result))
 

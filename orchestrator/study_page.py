@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cluster.objects import StorageError
 from cluster.storage import Storage
@@ -11,11 +11,9 @@ from orchestrator.importance import importances
 from orchestrator.page import as_markup, render_page
 from orchestrator.plots import bars, curves, scatter
 from orchestrator.space import Space
+from orchestrator.study_spec import StudyOutcome
 from orchestrator.thumbnails import thumbnail
 from orchestrator.trial import CLASS_PROMPT, Bench, Record, grid_path, study_path
-
-if TYPE_CHECKING:
-    from orchestrator.tuning import StudyOutcome
 
 GRID_SIDE = 360  # pixels of the shorter side of a grid
 
@@ -34,7 +32,7 @@ class _Shown:
 def write_study_page(
     storage: Storage,
     bench: Bench,
-    outcome: "StudyOutcome",
+    outcome: StudyOutcome,
     trials: Mapping[str, Record],
     space: Space,
     best: str,

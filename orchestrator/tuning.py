@@ -1,9 +1,7 @@
 """This file is where a study goes its way: from subjects and a space to the best recipe, written down and shown."""
 
-import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import yaml
@@ -15,95 +13,24 @@ from cluster.storage import Storage
 from orchestrator.critic import Scores
 from orchestrator.embedders import DEFAULTS, open_embedder
 from orchestrator.gate import gained
-from orchestrator.mlflow_tracker import MlflowTracker
 from orchestrator.prepare import Prepared, prepare
 from orchestrator.progress import Stages
 from orchestrator.protocol import SETS, prompts_for
+from orchestrator.recipes import recipe_path
 from orchestrator.scores import Estimate
-from orchestrator.space import Space, draw, every, including, key_of, sections, values_at
+from orchestrator.space import draw, every, including, key_of, sections, values_at
 from orchestrator.study import rungs, search
+from orchestrator.study_mirror import mirror_study
 from orchestrator.study_page import write_study_page
-from orchestrator.tracking import tracking_uri
+from orchestrator.study_spec import StudyOutcome, StudySpec
 from orchestrator.trial import Bench, Record, read_trial, study_path
 from training.gang import GangShape
 from training.prior import draw_priors, prior_images, prior_key
-from training.recipe import Run, base_family
+from training.recipe import base_family
 from training.stream import Pool, encode
 
 SCORED = 4  # prompts of the set that are drawn at a rung
 NAME = r"[a-z0-9][a-z0-9_-]{0,62}"
-
-
-@dataclass(frozen=True)
-class StudySpec:
-    """A study as it was asked for."""
-
-    name: str
-    runs: tuple[Run, ...]
-    """One for each subject, with the recipe that is varied."""
-    space: Space
-    trials: int = 32
-    search: str = "optuna"
-    """`optuna`, `random` or `grid`."""
-    scheduler: str = "asha"
-    """`asha` or `none`."""
-    steps: int = 0
-    """Most steps of a trial; 0 takes the recipe's."""
-    seed: int = 0
-    num_images: int = 2
-    prompts: tuple[str, ...] = ()
-    """Drawn at a rung; empty takes four of the set of the first subject's class and base."""
-    gangs: int = 1
-    dino: str | None = None
-    clip: str | None = None
-
-    @property
-    def budget(self) -> int:
-        """Most steps of a trial and subject."""
-        return self.steps or self.runs[0].train.steps
-
-    def as_json(self) -> dict[str, Any]:
-        """What decides what is tried: a study of the same name must agree."""
-        told = {key: value for key, value in asdict(self).items() if key not in ("runs", "gangs")}
-        told["space"] = {key: asdict(one) for key, one in self.space.items()}
-        told["subjects"] = [run.model_dump(mode="json", by_alias=True) for run in self.runs]
-        plain: dict[str, Any] = json.loads(json.dumps(told))
-        return plain
-
-
-@dataclass
-class StudyOutcome:
-    """What a study found."""
-
-    study: str
-    state: str
-    trials: int
-    recipe: str
-    """The best recipe's path or URI."""
-    values: dict[str, Any]
-    step: int
-    """At which it was best."""
-    worth: float
-    gain: dict[str, float] | None
-    """Over the recipe that was varied, with its interval; `None` where that is not known."""
-    better: bool
-    """Whether the gain is more than its interval."""
-    pareto: list[dict[str, Any]]
-    steps_spent: int
-    steps_of_grid: int
-    """That so many trials would have taken without a scheduler."""
-    seconds: float
-    page: str = ""
-    run_id: str | None = field(default=None)
-
-    def as_json(self) -> dict[str, Any]:
-        """Plain values."""
-        return asdict(self)
-
-
-def recipe_path(name: str) -> str:
-    """Where a registered recipe lies."""
-    return f"recipes/{name}.yaml"
 
 
 def run_study(spec: StudySpec, storage: Storage, stages: Stages, address: str | None) -> StudyOutcome:
@@ -143,7 +70,8 @@ class _Study:
 
     def run(self, address: str | None) -> StudyOutcome:
         spec = self.spec
-        self._agree()
+        if done := self._agree():
+            return StudyOutcome(**done)
         self.keys = dict.fromkeys(self.storage.read_json(f"{self.path}/study.json").get("order", []))
         family = base_family(spec.runs[0].base.model)
         dino, clip = (
@@ -191,8 +119,8 @@ class _Study:
                 )
         return self._end(bench)
 
-    def _agree(self) -> None:
-        """Put the study on record, or see that what is there is the same."""
+    def _agree(self) -> dict[str, Any] | None:
+        """Put the study on record, or see that what is there is the same; returns what it found, if it is done."""
         path, told = f"{self.path}/study.json", self.spec.as_json()
         if self.storage.exists(path):
             known = self.storage.read_json(path)
@@ -203,8 +131,10 @@ class _Study:
                     f"with other {other}",
                     "give another --name, or the same settings to go on with it",
                 )
-        else:
-            self.storage.write_json(path, {"spec": told, "state": "running"})
+            done: dict[str, Any] | None = known.get("outcome")
+            return done
+        self.storage.write_json(path, {"spec": told, "state": "running"})
+        return None
 
     def _make_ready(self, prepared: Sequence[Prepared], pool: Pool, device: str) -> None:
         """Draw class images and encode everything, once for all trials."""
@@ -286,7 +216,7 @@ class _Study:
         self.storage.write(recipe_path(spec.name), f"# {note}\n{text}".encode())
         page = write_study_page(self.storage, bench, outcome, trials, self.space, key, key_of(self.defaults))
         outcome.page = self.storage.full(page)
-        outcome.run_id = self._mirror(outcome, trials, page, text)
+        outcome.run_id = mirror_study(spec, outcome, trials, text, self.storage, self.stages.note)
         path = f"{self.path}/study.json"
         told = {**self.storage.read_json(path), "state": "succeeded", "outcome": outcome.as_json()}
         self.storage.write_json(path, told)
@@ -300,55 +230,6 @@ class _Study:
         ours = best["subjects"]
         pairs = [(Scores.from_json(ours[name]), Scores.from_json(theirs[name])) for name in ours]
         return gained(pairs)
-
-    def _mirror(
-        self, outcome: StudyOutcome, trials: Mapping[str, Record], page: str, recipe: str
-    ) -> str | None:
-        """The study as a run of MLflow, with one below it for every trial; what it misses is a note."""
-        spec, track = self.spec, self.spec.runs[0].track
-        uri, experiment = tracking_uri(self.storage, track.mlflow), track.experiment
-        try:
-            parent = MlflowTracker(
-                uri,
-                experiment,
-                self.storage,
-                f"study {spec.name}",
-                {
-                    "trials": outcome.trials,
-                    "search": spec.search,
-                    "scheduler": spec.scheduler,
-                    **outcome.values,
-                },
-                {"raybooth.study": spec.name},
-                self.storage.read_json(f"{self.path}/study.json").get("mlflow"),
-                system_metrics=False,
-            )
-            for key, record in trials.items():
-                child = MlflowTracker(
-                    uri,
-                    experiment,
-                    self.storage,
-                    f"{spec.name}.{key}",
-                    record["values"],
-                    {"raybooth.study": spec.name, "raybooth.trial": key},
-                    None,
-                    parent=parent.run_id,
-                    system_metrics=False,
-                )
-                for row in record["rows"]:
-                    child.measure(
-                        int(row["step"]), {name: row[name] for name in ("worth", "dino", "clip_t", "drift")}
-                    )
-                child.finish("succeeded")
-            figures = {"worth": outcome.worth, "steps_spent": float(outcome.steps_spent)}
-            parent.measure(0, figures | ({"gain": outcome.gain["value"]} if outcome.gain else {}))
-            parent.document("report", "index.html", self.storage.read(page))
-            parent.document("report", "recipe.yaml", recipe.encode())
-            parent.finish("succeeded")
-        except Exception as error:  # a mirror: the record is ours
-            self.stages.note(f"MLflow missed the study: {[*str(error).splitlines(), ''][0]}")
-            return None
-        return parent.run_id
 
 
 def front(trials: Mapping[str, Record]) -> list[dict[str, Any]]:

@@ -21,7 +21,16 @@ DOCUMENTS = [
     ROOT / "README.md",
     *(
         ROOT / "docs" / f"{page}.md"
-        for page in ("campaigns", "evaluation", "guide", "kubernetes", "provenance", "reliability", "serving")
+        for page in (
+            "campaigns",
+            "evaluation",
+            "guide",
+            "kubernetes",
+            "provenance",
+            "reliability",
+            "search",
+            "serving",
+        )
     ),
 ]
 
@@ -33,6 +42,7 @@ def commands() -> list[str]:
         found += [line.strip().split("  #")[0] for line in lines if line.startswith("    raybooth ")]
         about = {
             "campaigns.md": "campaign run",
+            "search.md": "tune",
             "evaluation.md": "evaluate",
             "kubernetes.md": "submit",
             "provenance.md": "generate",

@@ -103,7 +103,7 @@ def train_run(
                     raise Dropped(step + 1)
                 if asked is Wish.LEAVE:
                     return None
-        return services.finish() if lease.until is None else services.pause(max(start, last))
+        return services.finish() if lease.until is None else services.pause(last, trained=start < last)
     finally:
         engine.close()
 

@@ -81,14 +81,15 @@ class Services:
         self._publish(metrics, best[1].weights if best else None)
         return metrics
 
-    def pause(self, step: int) -> dict[str, float]:
-        """Leave the run after `step` steps with a grid and a checkpoint; returns its losses."""
+    def pause(self, step: int, trained: bool) -> dict[str, float]:
+        """Leave the run after `step` steps with a grid, and with a checkpoint if it has trained; returns its losses."""
         self.figures.settle()
         metrics = self.figures.final()
         if self.run.validate_.every:
             metrics["validation_loss"] = self._validate(step).loss
             self._sample(step)
-        self._save(step, "paused", None)
+        if trained:  # else it has come from that checkpoint
+            self._save(step, "paused", None)
         return metrics
 
     @property

@@ -35,6 +35,9 @@ def fill(storage: Storage, name: str, photos: str) -> None:
     storage.write(f"campaigns/night/images/{name}-v1/a.png", b"image")
     storage.write(f"campaigns/night/images/manifests/{name}-v1/a.json", b"{}")
     storage.write("campaigns/night/report/index.html", b"shows it")
+    spec = {"subjects": [{"subject": {"name": name}}]}
+    storage.write_json(f"studies/of-{photos}/study.json", {"spec": spec})
+    storage.write(f"studies/of-{photos}/report/index.html", b"shows it")
     storage.write(f"evaluations/images/{name}-v1/a.png", b"image")
     storage.write(f"evaluations/images/manifests/{name}-v1/a.json", b"{}")
     storage.write(f"evaluations/subjects/{name}/v1/index.html", b"shows it")
@@ -58,6 +61,7 @@ def test_nothing_is_left_of_a_deleted_subject_and_the_others_stay(clients, subje
     assert receipt.status_code == 200, receipt.text
     about = receipt.json()
     assert about["subject"] == "rex" and about["removed"][0] == "registry/rex.json" and about["files"] >= 10
+    assert "studies/of-p1/report" in about["removed"] and "studies/of-p2/report" not in about["removed"]
     assert "latents/of-p1" in about["removed"] and f"predictions/default/{made['id']}" in about["removed"]
     assert subjects.read_json(f"receipts/{about['id']}.json")["subject"] == "rex"
 

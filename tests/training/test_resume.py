@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 from cluster.storage import Storage
 from training.artifact import open_artifact
 from training.lease import Lease
+from training.png import decode_png, tiles
 from training.wish import Wish
 
 # everything that a checkpoint has to bring back, the average and the position in the schedule with it
@@ -114,3 +116,21 @@ def test_another_number_of_workers_goes_on_with_the_same_losses(
     assert [row["workers"] for row in told] == [first] * 3 + [then] * 2
     kept = [json.loads(line) for line in storage.read("runs/hurt/v1/figures.jsonl").splitlines()]
     assert kept == told
+
+
+@pytest.mark.resume
+def test_a_run_that_was_left_at_rungs_ends_as_one_that_was_not(
+    make_job: Callable[..., Lease], alone: Callable[..., Trained], storage: Storage
+) -> None:
+    sections = {"train": TRAIN, "validate": {**ON, "every": 5, "unguided": False}}
+    calm = alone(make_job("calm", **sections))
+    job = make_job("rung", **sections)
+    first = alone(replace(job, until=2))
+    again = alone(replace(job, until=2))  # asked twice, as after a crash: nothing is trained twice
+    second = alone(replace(job, until=4))
+    last = alone(job)
+    assert kinds(first)[-3:] == ["validation", "sample", "checkpoint"]
+    assert kinds(again) == kinds(first)[:-1] and dict(again["events"])["started"]["from_step"] == 2
+    assert rows(first, second, last) == rows(calm) and weights(storage, "rung") == weights(storage, "calm")
+    width = decode_png(storage.read("runs/rung/v1/samples/step_000002.png"))
+    assert len(tiles(width, 3, len(width) // 16)) == 3 * (len(width) // 16)
