@@ -2,9 +2,9 @@
 
     python -m benchmarks.fleet [--subjects 100000] [--nodes 6] [--hours 24] [--price 0.10] [--json]
 
-Controller, turns, queue, roster, recovery, crew, mailboxes and the ledger are the real ones; workers, nodes and time are
-not. How long things take was measured with the pocket base on a CPU (`benchmarks/RESULTS.md`); give the figures of your
-own base, and worker-hours are those of the workers you took them from: GPU-hours where a worker is a GPU.
+Controller, turns, queue, roster, recovery, crew, mailboxes and the ledger are the real ones; workers, nodes and time
+are not. How long things take was measured with the pocket base on a CPU (`benchmarks/RESULTS.md`); give the figures of
+your own base. Worker-hours are those of the workers they were taken from: GPU-hours where a worker is a GPU.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from benchmarks.simulated_gang import Stages
 from benchmarks.simulated_works import KIND, SimulatedWorks
 from orchestrator.campaign_settings import Budget, Schedule
 from orchestrator.controller import Controller
-from orchestrator.facts import Fact
+from orchestrator.facts import Fact, Failed
 from orchestrator.ledger import Ledger
 from orchestrator.records import CampaignRow, NewRun, RunRow
 from orchestrator.roster import Outline
@@ -44,7 +44,10 @@ class Watched(Controller):
         self._turns.assign = self._timed(self._turns.assign)  # type: ignore[method-assign]
 
     def _hear(self, fact: Fact) -> None:
-        self._timed(super()._hear)(fact)
+        if isinstance(fact, Failed):
+            self._timed(super()._hear)(fact)
+        else:
+            super()._hear(fact)
 
     def _once(self, wait_s: float) -> None:
         self._deciding_s = 0.0
