@@ -20,7 +20,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from benchmarks.simulated_gang import Stages
+from benchmarks.simulated_nodes import Stages
 from benchmarks.simulated_works import KIND, SimulatedWorks
 from orchestrator.campaign_settings import Budget, Schedule
 from orchestrator.controller import Controller

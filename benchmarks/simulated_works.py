@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from benchmarks.simulated_gang import Clock, Nodes, SimulatedGang, Stages, Tally
+from benchmarks.simulated_gang import SimulatedGang, Tally
+from benchmarks.simulated_nodes import Clock, Nodes, Stages
 from cluster.mailbox import BAD_INPUT
 from orchestrator.crew import Crew, Gang, Kind
 from orchestrator.facts import Checked, Fact, Failed, Ready, Registered

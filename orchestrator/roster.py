@@ -114,8 +114,9 @@ class Roster:
         number = self._rows[run].group_no
         if number is None:
             self._loose.add(run)
+        # one that is tried again is in its group still, and to group looks at all runs
         group = None if number is None else self.groups.get(number)
-        if group is None or run not in group.run_ids:  # one tried again is in its group; to group looks at all runs
+        if group is None or run not in group.run_ids:
             self.ungrouped = True
 
     def group(self, width_of: Callable[[str | None], int | None]) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.fleet import simulate
-from benchmarks.simulated_gang import Clock, Stages
+from benchmarks.simulated_nodes import Clock, Stages
 from benchmarks.simulated_works import SimulatedWorks
 from orchestrator.campaign_settings import Schedule
 from orchestrator.records import RunRow
