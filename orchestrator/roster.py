@@ -6,6 +6,7 @@ It is what is on record and what changed since. It decides nothing, and has no c
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 from orchestrator.order import Facts, Group, groups
@@ -54,6 +55,8 @@ class Roster:
         self._touched: set[int] = set()
         self._kinds: dict[int, Any] = {}  # by group
         self._live: Counter[Any] = Counter()  # groups by kind
+        self._active: Counter[Any] = Counter()  # those of them that are queued or train
+        self._loose: set[int] = set()  # that have not ended, are in no group, and could be
         self._regroup: dict[tuple[int, int], list[int]] = {}
 
     # -- rows ----------------------------------------------------------------------------------------------
@@ -76,12 +79,15 @@ class Roster:
         self.urgent = True
         if fields.get("state") in ENDED:
             self.unfinished.discard(run)
+            self._loose.discard(run)
             self._touch(run)
 
     def note(self, run: int, **fields: Any) -> None:
         """Change a row in a way that can go on record later."""
         self._rows[run] = replace(self._rows[run], **fields)
         self._changes.setdefault(run, {}).update(fields)
+        if fields.get("group_no") is not None:
+            self._loose.discard(run)
 
     def take_changes(self) -> list[Change]:
         """What goes on record."""
@@ -105,7 +111,13 @@ class Roster:
     def outline(self, run: int, outline: Outline) -> None:
         """What is known of a run; it can be grouped."""
         self.outlines[run] = outline
-        self.ungrouped = True
+        number = self._rows[run].group_no
+        if number is None:
+            self._loose.add(run)
+        # one that is tried again is in its group still, and to group looks at all runs
+        group = None if number is None else self.groups.get(number)
+        if group is None or run not in group.run_ids:
+            self.ungrouped = True
 
     def group(self, width_of: Callable[[str | None], int | None]) -> None:
         """Put runs into groups wherever it is known how many of their bank key train together."""
@@ -137,17 +149,10 @@ class Roster:
 
     def unmeasured(self, width_of: Callable[[str | None], int | None]) -> dict[str, int]:
         """By bank key a ready run for which it is not known how many train together."""
-        if len(self._ready) == len(self._grouped_ready()):
-            return {}
         found: dict[str, int] = {}
-        for run in sorted(self._ready):
+        for run in sorted(self._loose & self._ready):
             key = self.outlines[run].bank_key
-            if (
-                self._rows[run].group_no is None
-                and key is not None
-                and key not in found
-                and width_of(key) is None
-            ):
+            if key is not None and key not in found and width_of(key) is None:
                 found[key] = run
         return found
 
@@ -158,22 +163,16 @@ class Roster:
 
     def demand(self) -> tuple[Counter[Any], Counter[Any]]:
         """By kind the groups that have not ended, and those of them that are ready or train."""
-        active: Counter[Any] = Counter()
-        for number in {*self._queued, *self._training}:
-            active[self._kinds[number]] += 1
-        live = Counter(self._live)
+        live, active = Counter(self._live), +self._active
         for run in self._ungrouped_first():
             live[self.outlines[run].kind] += 1
             active[self.outlines[run].kind] += run in self._ready
         return live, active
 
     def _ungrouped_first(self) -> list[int]:
-        """A run that is in no group, a ready one if there is any: one is enough to have a gang that measures."""
-        for runs in (self._ready, self.unfinished):
-            for run in runs:
-                if run in self.unfinished and self._rows[run].group_no is None and run in self.outlines:
-                    return [run]
-        return []
+        """A run that is in no group, a ready one if there is any: one is enough for a gang that measures."""
+        ready = next((run for run in self._loose if run in self._ready), None)
+        return [ready] if ready is not None else list(islice(self._loose, 1))
 
     def kind(self, group: Group) -> Any:
         """The kind of gang that a group needs."""
@@ -206,6 +205,7 @@ class Roster:
                 self._remove(number)
             elif all(map(self._can_train, runs)):
                 self._queued.add(number)
+                self._active[self._kinds[number]] += 1
                 yield group
 
     def slots(self, group: Group) -> list[int | None]:
@@ -225,6 +225,7 @@ class Roster:
     def unqueue(self, group: Group) -> None:
         """A group that was ready has no run left."""
         self._queued.discard(group.number)
+        self._active[self._kinds[group.number]] -= 1
         self._touched.add(group.number)
 
     def members(self, run: int) -> int:
@@ -247,6 +248,7 @@ class Roster:
             training.discard(run)
             if not training:
                 del self._training[number]
+                self._active[self._kinds[number]] -= 1
                 ended.append(self._leased.pop(number))
                 self._touched.add(number)
         self._ended_leases = []
@@ -281,9 +283,6 @@ class Roster:
         del self.groups[number]
         self._live[self._kinds.pop(number)] -= 1
         self._live = +self._live
-
-    def _grouped_ready(self) -> set[int]:
-        return {run for run in self._ready if self._rows[run].group_no is not None}
 
     def _touch(self, run: int) -> None:
         number = self._rows[run].group_no
