@@ -86,7 +86,7 @@ def _axes(x: str, y: str) -> tuple[Figure, Axes]:
 def _svg(figure: Figure) -> str:
     stream = io.StringIO()
     canvas: Any = FigureCanvasSVG(figure)
-    canvas.print_svg(stream, metadata={"Date": None, "Creator": None})
+    canvas.print_svg(stream, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     text = stream.getvalue()
     # without its prolog; what is painted white would be a patch on a dark page
     return re.sub(r"fill: #ffffff", "fill: none", text[text.index("<svg") :])
