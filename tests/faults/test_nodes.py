@@ -88,7 +88,7 @@ def test_a_gang_goes_on_with_the_nodes_there_are_and_to_the_losses_of_one_worker
         workers = story.of("started", "workers")
         if event.kind == "checkpoint" and workers == [2] and todo == ["reclaim", "die"]:
             todo.remove("reclaim")
-            reclaim(nodes, second, deadline_s=15)
+            reclaim(nodes, second, deadline_s=60)  # what watches for notices may still be starting
         elif event.kind == "left" and workers == [2]:
             nodes.remove_node(second, allow_graceful=False)
         elif event.kind == "checkpoint" and workers == [2, 1] and len(nodes.worker_nodes) == 0:
