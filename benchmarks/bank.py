@@ -26,10 +26,11 @@ import torch.distributed as dist
 
 from training import lease as lease_module
 from training.bank_run import train_bank
+from training.defaults import with_defaults
 from training.lease import Lease
 from training.loop import ResidentBase, train_run
 from training.pipeline import load_tokenizer, open_base, token_ids
-from training.recipe import Run, with_defaults
+from training.recipe import Run
 
 PHOTOS, CLASS_IMAGES = 4, 32
 WARM_UP = 3  # steps of a run that is not measured

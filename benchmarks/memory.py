@@ -29,7 +29,8 @@ from training.lease import LatentTable, Lease
 from training.loop import ResidentBase, build_module
 from training.memory import estimate
 from training.pipeline import empty_unet, load_text_encoder, open_base, save_pipeline
-from training.recipe import Run, merge
+from training.recipe import Run
+from training.section import merge
 
 STEPS = 3  # moments are there from the second one on
 SUBJECT_ROWS, CLASS_ROWS = 4, 8

@@ -19,6 +19,7 @@ from torch import nn
 
 from training.batches import Batches
 from training.dataplan import DataPlan
+from training.defaults import with_defaults
 from training.engine import TrainingEngine, zero_stage
 from training.intake import crops, read_photos
 from training.lease import LatentTable, Lease
@@ -26,7 +27,7 @@ from training.loop import ResidentBase, build_module
 from training.module import DreamBoothModule
 from training.objective import PairBatch
 from training.pipeline import encode_image, load_tokenizer, load_vae, open_base, token_ids
-from training.recipe import Data, Run, with_defaults
+from training.recipe import Data, Run
 
 
 class WholeModule(nn.Module):

@@ -8,7 +8,8 @@ from pydantic import Field, ValidationError, field_validator
 from cluster.errors import UserError
 from orchestrator.spec import explained
 from training.prompt import render_prompt
-from training.recipe import Recipe, SamplerName, Section, Track
+from training.recipe import Recipe, SamplerName, Track
+from training.section import Section
 
 NAME = r"^[a-z0-9][a-z0-9_-]{0,62}$"
 TENANT = r"^[A-Za-z0-9][A-Za-z0-9._@-]{0,62}$"

@@ -83,7 +83,7 @@ def with_recipe(recipe: str, storage: str, flags: dict[str, Any]) -> dict[str, A
     if not recipe:
         return flags
     from orchestrator.recipes import read_recipe
-    from training.recipe import merge
+    from training.section import merge
 
     return merge(read_recipe(recipe, storage_root(storage)), flags)
 

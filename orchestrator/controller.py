@@ -295,10 +295,10 @@ class Controller:
         self._recorded_at = now
         changes = self.roster.take_changes()
         if changes:
-            self._ledger.record(self._claim, changes)
             held = {f"{unit}_seconds": seconds for unit, seconds in self._works.spent.items()}
             before = {unit: getattr(self._campaign, unit) for unit in held}
-            self._ledger.record_campaign(self._claim, **{unit: before[unit] + held[unit] for unit in held})
+            spent = {unit: before[unit] + held[unit] for unit in held}
+            self._ledger.record(self._claim, changes, **spent)  # in one transaction: there is one every turn
 
     def _finish(self) -> str:
         if self._stopping is not None and self.roster.unfinished:

@@ -23,9 +23,9 @@ from orchestrator.protocol import SETS, class_prompts, prompts_for
 from orchestrator.wanted import pristine_images, wanted_images
 from serving.protocol import PRISTINE
 from training.artifact import artifact_path
+from training.defaults import base_family
 from training.pipeline import BaseInfo, open_base
 from training.png import Pixels
-from training.recipe import base_family
 from training.stream import Pool
 
 Wants = tuple[BaseInfo, list[Image]]

@@ -17,6 +17,7 @@ from training.artifact import OpenArtifact, open_artifact
 from training.exchange import to_kohya
 from training.lora import CHANGED, FILE, LayerFactors, read_lora, write_adapters
 from training.lora_algebra import Extraction, extract, merge
+from training.objective_settings import Objective
 from training.pipeline import (
     BaseInfo,
     load_text_encoder,
@@ -29,7 +30,7 @@ from training.pipeline import (
     write_scheduler,
 )
 from training.prompt import render_prompt
-from training.recipe import Lora, Objective
+from training.recipe import Lora
 from training.schedule import trained_scheduler
 from training.singlefile import single_file
 

@@ -11,7 +11,8 @@ from training.ceiling import memory_ceiling
 from training.engine import zero_stage
 from training.memory import MemoryEstimate, estimate
 from training.pipeline import BaseInfo
-from training.recipe import Run, merge
+from training.recipe import Run
+from training.section import merge
 
 GPU_CONTEXT = 600_000_000  # bytes that CUDA and its kernels take beside what torch counts
 GB = 1e9

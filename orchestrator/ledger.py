@@ -184,23 +184,23 @@ class Ledger:
             found = holder(connection, name, self._database.now(connection))
         return shown(found["owner"]) if found else None
 
-    def record(self, claim: Claim, changes: Sequence[Change]) -> None:
-        """Put changes of runs on record, all or none; a new state enters the run's history.
+    def record(self, claim: Claim, changes: Sequence[Change], **fields: Any) -> None:
+        """Put changes of runs and fields of the campaign on record, all or none; a new state enters a run's history.
 
         Raises:
             ClaimLost: Another controller has the campaign; nothing was written.
         """
-        with self._database.writing(claim.campaign) as connection:
-            claim.fence(connection)
-            moves.change(connection, claim.campaign, changes, self._database.now(connection))
-
-    def record_campaign(self, claim: Claim, **fields: Any) -> None:
-        """Put fields of the campaign on record; raises as `record`."""
         if not fields.keys() <= _CHANGEABLE or fields.get("state", "queued") not in CAMPAIGN_STATES:
             raise ValueError(f"a campaign cannot have {fields}")
         with self._database.writing(claim.campaign) as connection:
             claim.fence(connection)
-            connection.execute(update(CAMPAIGNS).where(CAMPAIGNS.c.name == claim.campaign).values(fields))
+            moves.change(connection, claim.campaign, changes, self._database.now(connection))
+            if fields:
+                connection.execute(update(CAMPAIGNS).where(CAMPAIGNS.c.name == claim.campaign).values(fields))
+
+    def record_campaign(self, claim: Claim, **fields: Any) -> None:
+        """`record` without any run."""
+        self.record(claim, [], **fields)
 
     def ask(self, name: str, wish: str, runs: Sequence[str] | None = None) -> Asked:
         """Ask that runs be cancelled, or with `None` the campaign: at once where no controller has it.

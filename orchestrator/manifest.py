@@ -28,7 +28,8 @@ from orchestrator.document import anchor_run, anchored, parse_document
 from orchestrator.folders import name_of
 from orchestrator.rows import COLUMNS, RawRow, listed_rows, nearest, rows_at
 from orchestrator.spec import assigned, given, parse_run
-from training.recipe import Run, merge
+from training.recipe import Run
+from training.section import merge
 
 MOST_TOLD = 20  # mistakes in one message
 # What differs from a run alone: no sample grids on the way, as a campaign draws its own in the end, many at once, and a

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from typing import Any
@@ -59,6 +59,23 @@ class JobOptions:
     keep_s: int = 3600
     """Seconds that the cluster is kept after its end, for its logs."""
 
+    def pods(self, component: str, name: str) -> PodSettings:
+        """What all pods of a cluster share.
+
+        Args:
+            component: What they are there for: `campaign` or `service`.
+            name: Of its RayJob or RayService.
+        """
+        labels = {
+            "app.kubernetes.io/name": "raybooth",
+            "app.kubernetes.io/component": component,
+            "app.kubernetes.io/instance": name,
+            "app.kubernetes.io/managed-by": "raybooth",
+        }
+        return PodSettings(
+            self.image, labels, self.service_account, self.config, self.secret, self.storage, self.pull_secret
+        )
+
     def check(self) -> None:
         """Refuse what cannot take effect.
 
@@ -111,16 +128,8 @@ def render_job(
     """
     options.check()
     name = job_name(campaign)
-    labels = {
-        "app.kubernetes.io/name": "raybooth",
-        "app.kubernetes.io/component": "campaign",
-        "app.kubernetes.io/instance": name,
-        "app.kubernetes.io/managed-by": "raybooth",
-    }
-    pods = PodSettings(
-        options.image, labels, options.service_account, options.config, options.secret, options.storage,
-        options.pull_secret,
-    )  # fmt: skip
+    pods = options.pods("campaign", name)
+    labels = pods.labels
     carried = f"{name}-manifest" if manifest else None
     spec: Spec = {
         "entrypoint": _entrypoint(f"{MANIFEST_FOLDER}/{MANIFEST}" if carried else source, campaign, size),
@@ -135,7 +144,7 @@ def render_job(
     }
     if options.hours is not None:
         spec["activeDeadlineSeconds"] = int(options.hours * 3600)
-    digest = _digest(spec, manifest, labels, options)
+    digest = digest_of(spec, manifest, labels, asdict(options))
     spec["jobId"] = f"{name}-{digest}"
     queued = {QUEUE: options.queue, PRIORITY: options.priority}
     metadata = {
@@ -148,7 +157,7 @@ def render_job(
     return [job, _config_map(carried, manifest, metadata, labels)] if carried and manifest else [job]
 
 
-def _config_map(name: str, manifest: str, job: Spec, labels: Spec) -> Spec:
+def _config_map(name: str, manifest: str, job: Spec, labels: Mapping[str, str]) -> Spec:
     metadata = {
         "name": name,
         "namespace": job["namespace"],
@@ -207,7 +216,6 @@ def _cluster(pods: PodSettings, size: JobSize, options: JobOptions, manifest: st
     return cluster
 
 
-def _digest(spec: Spec, manifest: str | None, labels: Spec, options: JobOptions) -> str:
-    """Of everything that decides what the job does."""
-    parts: list[Any] = [spec, manifest, labels, asdict(options)]
+def digest_of(*parts: Any) -> str:
+    """A name for everything that decides what a job or a service does."""
     return sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]

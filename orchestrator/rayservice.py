@@ -1,9 +1,7 @@
 """This file is where a service becomes a RayService: a pure function; the same arguments make the same bytes."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from hashlib import sha256
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,7 @@ import yaml
 from cluster.errors import UserError
 from orchestrator.jobsize import ASSUMED_GIB, CUDA_HOST, GIB, HEAD_CPUS, HEAD_GIB, OBJECT_STORE
 from orchestrator.pods import PodSettings, Spec, autoscaler, head_pod, worker_pod
-from orchestrator.rayjob import DIGEST, JobOptions, job_name
+from orchestrator.rayjob import DIGEST, JobOptions, digest_of, job_name
 from orchestrator.service import ServiceSpec, application
 from orchestrator.site import STREAM_CPUS
 
@@ -107,25 +105,15 @@ def render_service(
     if spec.auth == "off":
         raise UserError("auth: off takes no effect on a cluster", "pods are no loopback", "leave auth out")
     called = job_name(name)
-    labels = {
-        "app.kubernetes.io/name": "raybooth",
-        "app.kubernetes.io/component": "service",
-        "app.kubernetes.io/instance": called,
-        "app.kubernetes.io/managed-by": "raybooth",
-    }
-    pods = PodSettings(
-        options.image, labels, options.service_account, options.config, options.secret, options.storage,
-        options.pull_secret,
-    )  # fmt: skip
+    pods = options.pods("service", called)
+    labels = pods.labels
     body: Spec = {
         "serveConfigV2": yaml.safe_dump(_serve_config(spec), sort_keys=False, width=100),
         "upgradeStrategy": {"type": "NewCluster"},
         "excludeHeadPodFromServeSvc": True,
         "rayClusterConfig": _cluster(pods, spec, size, options, redis),
     }
-    parts = [body, labels, asdict(options)]
-    digest = sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
-    annotations = {SERVICE: name, DIGEST: digest}
+    annotations = {SERVICE: name, DIGEST: digest_of(body, labels, asdict(options))}
     metadata = {"name": called, "namespace": options.namespace, "labels": labels, "annotations": annotations}
     return {"apiVersion": "ray.io/v1", "kind": "RayService", "metadata": metadata, "spec": body}
 

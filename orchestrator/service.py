@@ -20,7 +20,7 @@ from serving.keys import Keys
 from serving.replicas import Replicas
 from serving.safety import SafetyGuard, SafetySettings
 from serving.settings import ServingSettings
-from training.recipe import Section, merge
+from training.section import Section, merge
 
 TRAINING_CPUS = (
     3  # logical ones of a private Ray that trainings need beside the replicas: worker, encoder, stream

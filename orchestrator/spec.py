@@ -14,8 +14,10 @@ from pydantic.fields import FieldInfo
 
 from cluster.errors import UserError, did_you_mean
 from orchestrator.document import anchor_run, parse_document
+from training.defaults import with_defaults
 from training.prompt import render_prompt
-from training.recipe import Lora, Run, merge, with_defaults
+from training.recipe import Lora, Run
+from training.section import merge
 
 
 def load_run(config: Path | None, flags: Mapping[str, Any], sets: Sequence[str]) -> Run:

@@ -20,7 +20,8 @@ from orchestrator.spec import parse_run
 from training.latents import ImageSet, latent_path
 from training.pipeline import BaseInfo
 from training.prior import draw_priors, prior_count, prior_images
-from training.recipe import Run, merge
+from training.recipe import Run
+from training.section import merge
 from training.stream import Pool, encode
 
 WAVE = 64  # sets or runs that are worth a pipeline of their own while more runs are being checked

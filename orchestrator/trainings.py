@@ -14,7 +14,8 @@ from orchestrator.records import ENDED, RunRow
 from orchestrator.spec import parse_run
 from orchestrator.submission import enroll
 from serving.trainer import Happening, TrainingOrder, TrainingState, TrainingStatus
-from training.recipe import Run, Track, merge
+from training.recipe import Run, Track
+from training.section import merge
 
 # As a campaign's runs: no sample grids on the way, so that it could be trained in a bank
 _ALONE: Mapping[str, Any] = {"validate": {"prompts": []}}

@@ -28,7 +28,7 @@ from training.latents import latent_refs
 from training.lease import Lease
 from training.png import tiles
 from training.prior import prior_images, prior_key, prior_pngs
-from training.recipe import merge
+from training.section import merge
 
 LOST = {
     "worth": -1.0,

@@ -24,9 +24,9 @@ from orchestrator.study_mirror import mirror_study
 from orchestrator.study_page import write_study_page
 from orchestrator.study_spec import StudyOutcome, StudySpec
 from orchestrator.trial import Bench, Record, read_trial, study_path
+from training.defaults import base_family
 from training.gang import GangShape
 from training.prior import draw_priors, prior_images, prior_key
-from training.recipe import base_family
 from training.stream import Pool, encode
 
 SCORED = 4  # prompts of the set that are drawn at a rung

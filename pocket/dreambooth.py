@@ -21,11 +21,13 @@ from pocket.recognizer import Sitter, find_sitter, fit_recognizer
 from pocket.subject import PHOTO_PLACES
 from pocket.world import PLACES, with_article
 from training.artifact import open_artifact
+from training.defaults import DEFAULTS
 from training.draw import Drawer
 from training.pipeline import load_vae, open_base
 from training.png import Pixels
 from training.prompt import render_prompt
-from training.recipe import DEFAULTS, Method, merge
+from training.recipe import Method
+from training.section import merge
 
 NEW_PLACES = tuple(place for place in PLACES if place not in PHOTO_PLACES)
 SEEDS = 2  # drawings of each prompt

@@ -13,8 +13,9 @@ from cluster.storage import Storage
 from serving.answers import ApiError
 from serving.protocol import PRISTINE
 from serving.tenancy import shown_name, stored_name
+from training.defaults import with_defaults
 from training.prompt import TEMPLATE, render_prompt
-from training.recipe import Recipe, with_defaults
+from training.recipe import Recipe
 
 MOST_MANIFESTS = 4096  # a few kB each
 

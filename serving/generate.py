@@ -16,9 +16,10 @@ from serving.engine import Engine
 from serving.protocol import PRISTINE, Drawn, Event, ImageOrder, Stepped
 from serving.provenance import Provenance
 from training.artifact import artifact_path
+from training.defaults import with_defaults
 from training.pipeline import BaseInfo, open_base
 from training.png import decode_png, encode_png, grid
-from training.recipe import Recipe, SamplerName, with_defaults
+from training.recipe import Recipe, SamplerName
 from training.request import DrawRequest
 
 _MAX_SLUG = 60

@@ -2,7 +2,7 @@
 
 from pydantic import Field, model_validator
 
-from training.recipe import Section
+from training.section import Section
 
 
 class Replicas(Section):

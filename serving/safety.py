@@ -17,7 +17,7 @@ from pydantic import Field
 from cluster.errors import RayboothError, SystemFailure, UserError
 from serving.verdict import Verdict
 from training.png import Finish, Pixels
-from training.recipe import Section
+from training.section import Section
 
 TIMEOUT_S = 5.0  # a word list takes microseconds, a classifier on a CPU one second
 MAX_STUCK = (

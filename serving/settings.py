@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from training.recipe import Section
+from training.section import Section
 
 
 class Limits(Section):

@@ -14,7 +14,8 @@ from orchestrator.campaign_settings import KEYS
 from orchestrator.cli import app
 from orchestrator.manifest import load_campaign
 from orchestrator.service import ServiceSpec
-from training.recipe import Recipe, Run, with_defaults
+from training.defaults import with_defaults
+from training.recipe import Recipe, Run
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [

@@ -3,7 +3,8 @@
 import json
 
 from cluster.storage import Storage, sha256
-from training.recipe import ATTENTION, Objective, Run
+from training.objective_settings import Objective
+from training.recipe import ATTENTION, Run
 
 # Ends of the names of a Stable Diffusion UNet's layers that are linear in every base: a bank adapts no others
 LINEAR = tuple(

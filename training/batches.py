@@ -16,8 +16,8 @@ from cluster.errors import SystemFailure, UserError
 from training.dataplan import DataPlan, PlanRow, Role
 from training.lease import LatentTable, Lease, latent_table
 from training.objective import PairBatch
+from training.objective_settings import Objective
 from training.pipeline import BaseInfo
-from training.recipe import Objective
 from training.schedule import NoiseSchedule
 
 PLAIN = Objective()

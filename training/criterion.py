@@ -11,7 +11,7 @@ import math
 
 import torch
 
-from training.recipe import Objective
+from training.objective_settings import Objective
 from training.schedule import NoiseSchedule
 
 

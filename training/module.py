@@ -14,8 +14,8 @@ from torch import nn
 from training.criterion import Criterion
 from training.dataplan import Role
 from training.objective import PairBatch, dreambooth_loss
+from training.objective_settings import Objective
 from training.pipeline import encode_text, predict
-from training.recipe import Objective
 from training.schedule import NoiseSchedule
 from training.teacher import Teacher
 

@@ -18,8 +18,8 @@ from cluster.errors import SystemFailure, UserError
 from training.lora import CHANGED, LayerFactors, read_lora
 from training.lora import FILE as LORA_FILE
 from training.lora_algebra import merged
+from training.objective_settings import Objective
 from training.pipeline import BaseInfo, read_weights
-from training.recipe import Objective
 from training.row_linear import Adapter, Factors
 from training.schedule import trained_scheduler
 

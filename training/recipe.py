@@ -1,26 +1,21 @@
 """This file is where one run is described: every setting, its default, its range. It imports no torch.
 
 Precedence is defaults < file < flags. The defaults below are those of a Stable Diffusion 1.x/2.x base with
-the `lora` method; `DEFAULTS` lists what differs for another base or method (sources: the DreamBooth paper,
-diffusers' recommendations, and for `pocket` our own runs).
+the `lora` method; `training/defaults.py` lists what differs for another base or method.
 """
 
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_validator
+
+from training.objective_settings import Objective
+from training.section import Section
 
 Method = Literal["lora", "full"]
 SamplerName = Literal["ddim", "ddpm", "euler", "euler-a", "plms", "dpm++2m", "unipc", "lcm"]
 LrScheduler = Literal["constant", "linear", "cosine", "polynomial"]
 ABOUT = "subject.yaml"  # beside a subject's photos: what a campaign is told of it
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # the ends of the names of a UNet's attention layers
-
-
-class Section(BaseModel):
-    """A section of the YAML: unknown keys are refused, values are checked as given."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class Base(Section):
@@ -156,55 +151,6 @@ class Lora(Section):
             raise ValueError(f"`dora` takes no effect with kind: {self.kind}; leave it out")
         if self.kind == "oft" and self.alpha != type(self).model_fields["alpha"].default:
             raise ValueError("`alpha` takes no effect with kind: oft; leave it out")
-        return self
-
-
-class Objective(Section):
-    """The loss of a row, and the noise in it. What is predicted, noise or velocity, is the base's."""
-
-    weighting: Literal["none", "min_snr", "debiased", "p2"] = "none"
-    """How rows are weighed by the signal-to-noise ratio of their timestep."""
-    snr_gamma: float = Field(default=5.0, gt=0)
-    """Of `min_snr`: ratios above count as this one."""
-    p2_gamma: float = Field(default=1.0, gt=0, le=10)
-    """Of `p2`: how much less a row counts the less noise it has."""
-    loss: Literal["mse", "huber", "smooth_l1"] = "mse"
-    """Of a difference: its square, or one that grows linearly where it is large."""
-    huber_c: float = Field(default=0.1, gt=0, le=1)
-    """Of `huber` and `smooth_l1`: from about where on they are linear, at the least."""
-    huber_schedule: Literal["constant", "exponential", "snr"] = "snr"
-    """How that point moves with the timestep: not, from 1 down to `huber_c`, or likewise by the noise level."""
-    offset_noise: float = Field(default=0.0, ge=0, le=1)
-    """Standard deviation of noise that is one number for a whole channel, so that brightness is learnt; 0 is off."""
-    input_perturbation: float = Field(default=0.0, ge=0, le=1)
-    """Standard deviation of noise that the model sees and is not asked for, relative to what it is; 0 is off."""
-    zero_terminal_snr: bool = False
-    """Stretch the base's noise process so that its last timestep leaves no signal; drawing does the same. For bases
-    that predict velocity."""
-    caption_dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Share of rows that are trained with the empty prompt, which keeps guidance sharp; 0 is off."""
-
-    mask: Literal["none", "alpha", "files"] = "none"
-    """Where a photo counts: everywhere, where it is opaque, or where `NAME-masklabel.png` beside `NAME` is white."""
-    mask_outside: float = Field(default=0.0, ge=0, le=1)
-    """How much the rest of the photo counts."""
-    mask_prior: float = Field(default=0.0, ge=0, le=100)
-    """Weight of staying what the base predicts there; 0 is off."""
-
-    @model_validator(mode="after")
-    def _takes_effect(self) -> "Objective":
-        owners = {
-            "mask_outside": self.mask != "none",
-            "mask_prior": self.mask != "none",
-            "snr_gamma": self.weighting == "min_snr",
-            "p2_gamma": self.weighting == "p2",
-            "huber_c": self.loss != "mse",
-            "huber_schedule": self.loss != "mse",
-        }
-        for name, used in owners.items():
-            if not used and getattr(self, name) != type(self).model_fields[name].default:
-                of = {"hub": "loss", "mas": "mask"}.get(name[:3], "weighting")
-                raise ValueError(f"`{name}` takes no effect with {of}: {getattr(self, of)}; leave it out")
         return self
 
 
@@ -353,59 +299,3 @@ class Run(Recipe):
 # Sections whose values change what is trained. The base does by its revision, not by where it lies; where a run
 # happens and what watches it do not.
 TRAINED_SECTIONS = ("prior", "data", "train", "engine")
-
-DEFAULTS: Mapping[tuple[str, Method], Mapping[str, Any]] = {
-    ("sd", "lora"): {},
-    ("sd", "full"): {
-        "train": {"lr": 2e-6, "pairs_per_step": 2, "text_encoder": {"train": True, "lr": 2e-6}},
-    },
-    ("pocket", "lora"): {
-        "prior": {"num_images": 32, "steps": 25, "guidance": 4.0},
-        "train": {
-            "steps": 200,
-            "lr": 1.5e-3,
-            "pairs_per_step": 4,
-            # with the attention alone, 300 steps of so small a model do not hold a subject
-            "lora": {"rank": 32, "alpha": 32.0, "targets": [*ATTENTION, "ff.net.0.proj", "ff.net.2"]},
-        },
-        "checkpoint": {"every": 100},
-        "validate": {"guidance": 4.0},
-    },
-    ("pocket", "full"): {
-        "prior": {"num_images": 32, "steps": 25, "guidance": 4.0},
-        "train": {
-            "steps": 200,
-            "lr": 2e-4,
-            "pairs_per_step": 4,
-            "text_encoder": {"train": True, "lr": 2e-4},
-        },
-        "checkpoint": {"every": 100},
-        "validate": {"guidance": 4.0},
-    },
-}
-
-
-def base_family(model: str) -> str:
-    """The family whose defaults apply to a base: `pocket`, or `sd` for any Stable Diffusion 1.x/2.x."""
-    return "pocket" if model == "pocket" else "sd"
-
-
-def merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`under` with `over` laid on it, section by section; a mapping merges, any other value replaces."""
-    out = dict(under)
-    for key, value in over.items():
-        old = out.get(key)
-        out[key] = merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
-    return out
-
-
-def with_defaults(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """`raw` laid over the defaults of its base family and method; not yet validated."""
-    base, train = raw.get("base"), raw.get("train")
-    model = base.get("model", "pocket") if isinstance(base, Mapping) else "pocket"
-    method = train.get("method", "lora") if isinstance(train, Mapping) else "lora"
-    family = base_family(str(model))
-    table: dict[str, Mapping[str, Any]] = {
-        name: d for (owner, name), d in DEFAULTS.items() if owner == family
-    }
-    return merge(table.get(str(method), {}), raw)

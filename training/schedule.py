@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 
 from cluster.errors import UserError
-from training.recipe import Objective
+from training.objective_settings import Objective
 
 PredictionType = Literal["epsilon", "v_prediction"]
 

@@ -13,7 +13,8 @@ from cluster.errors import UserError
 from cluster.storage import sha256
 from orchestrator.spec import load_run, parse_run, run_schema
 from training.decisive import decisive
-from training.recipe import Run, with_defaults
+from training.defaults import with_defaults
+from training.recipe import Run
 
 SUBJECT: dict[str, Any] = {"subject": {"name": "rex", "class": "dog", "images": ["./rex"]}}
 

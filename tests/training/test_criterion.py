@@ -9,7 +9,7 @@ import torch
 from training.criterion import Criterion, snr_weights
 from training.dataplan import Role
 from training.objective import dreambooth_loss
-from training.recipe import Objective
+from training.objective_settings import Objective
 from training.schedule import NoiseSchedule, PredictionType
 
 SCHEDULER: dict[str, Any] = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
