@@ -60,10 +60,7 @@ def search(
     tried = tune.with_resources(tune.with_parameters(_Tried, bench=bench), {"CPU": 0.1})
     searcher, parameters, samples = None, {"values": tune.grid_search([dict(one) for one in recipes])}, 1
     if space is not None:
-        points = [dict(one) for one in recipes]
-        searcher = OptunaSearch(
-            space=distributions(space), metric=WORTH, mode="max", points_to_evaluate=points, seed=seed
-        )
+        searcher = searching(space, recipes, seed)
         parameters, samples = {}, trials
     with tempfile.TemporaryDirectory(prefix="raybooth-study-") as scratch:
         results = tune.Tuner(
@@ -91,6 +88,22 @@ def search(
             said[-1].strip(),
             "run the same command again: what is found stays found",
         )
+
+
+def searching(space: Space, recipes: Sequence[Mapping[str, Any]], seed: int) -> OptunaSearch:
+    """Optuna's TPE, which is told these recipes first.
+
+    A study that goes on tells it what it chose before. From the same seed it would draw its first choices once more,
+    so each number of known recipes has a seed of its own.
+    """
+    points = [dict(one) for one in recipes]
+    return OptunaSearch(
+        space=distributions(space),
+        metric=WORTH,
+        mode="max",
+        points_to_evaluate=points,
+        seed=seed + len(points) - 1,
+    )
 
 
 def distributions(space: Space) -> dict[str, BaseDistribution]:

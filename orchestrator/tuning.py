@@ -30,7 +30,6 @@ from training.prior import draw_priors, prior_images, prior_key
 from training.stream import Pool, encode
 
 SCORED = 4  # prompts of the set that are drawn at a rung
-NAME = r"[a-z0-9][a-z0-9_-]{0,62}"
 
 
 def run_study(spec: StudySpec, storage: Storage, stages: Stages, address: str | None) -> StudyOutcome:
@@ -67,6 +66,7 @@ class _Study:
         self.space = including(spec.space, self.defaults)
         self.began = time.monotonic()
         self.keys: dict[str, None] = {}  # of the trials, in the order they were heard of
+        self.steps: dict[tuple[str, int], int] = {}  # that each rung took
 
     def run(self, address: str | None) -> StudyOutcome:
         spec = self.spec
@@ -77,7 +77,8 @@ class _Study:
         dino, clip = (
             given or known for given, known in zip((spec.dino, spec.clip), DEFAULTS[family], strict=True)
         )
-        if not open_embedder(clip).reads or not open_embedder(dino):
+        open_embedder(dino)  # refused now rather than in a trial
+        if not open_embedder(clip).reads:
             raise UserError(f"--clip {clip} reads no words", "it embeds pictures alone", "name a CLIP")
         prepared = [prepare(run, self.storage) for run in spec.runs]
         for one in prepared:
@@ -180,8 +181,8 @@ class _Study:
             self.keys[key] = None
             path = f"{self.path}/study.json"
             self.storage.write_json(path, {**self.storage.read_json(path), "order": list(self.keys)})
-        steps = sum(int(one["steps_spent"]) for k in self.keys if (r := self._record(k)) for one in r["rows"])
-        stage.at(steps, f"{key} worth {row['worth']:.3f} at step {row['step']}")
+        self.steps[key, row["step"]] = int(row["steps_spent"])
+        stage.at(sum(self.steps.values()), f"{key} worth {row['worth']:.3f} at step {row['step']}")
 
     # -- what was found ------------------------------------------------------------------------------------
 

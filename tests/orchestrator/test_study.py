@@ -18,7 +18,7 @@ from orchestrator.plots import bars, curves, scatter
 from orchestrator.progress import Lines
 from orchestrator.space import parse_space
 from orchestrator.spec import parse_run
-from orchestrator.study import rungs
+from orchestrator.study import rungs, searching
 from orchestrator.study_spec import StudySpec
 from orchestrator.tuning import front, run_study
 from pocket.subject import subject_photos
@@ -56,6 +56,17 @@ def test_the_setting_that_decides_is_the_important_one() -> None:
     found = importances(trials, space)
     assert found["train.lr"] > 0.8 > 0.2 > found["prior.weight"]
     assert importances(dict(list(trials.items())[:3]), space) == {}  # chance
+
+
+def test_a_search_that_goes_on_chooses_what_it_did_not_choose_before() -> None:
+    space = parse_space({"train.lr": {"low": 1e-4, "high": 1e-2, "log": True}, "train.lora.rank": [8, 16]})
+    recipes: list[dict[str, Any]] = [{"train.lr": 1e-3, "train.lora.rank": 8}]
+    for known in (1, 3, 5):  # begun, and broken off twice after two more
+        search = searching(space, recipes, seed=0)
+        chosen = [search.suggest(f"trial-{i}") for i in range(known + 2)]
+        assert chosen[:known] == recipes
+        assert not [one for one in chosen[known:] if one in recipes]
+        recipes = chosen
 
 
 def test_plots_are_svg_with_their_words_and_always_the_same() -> None:
