@@ -106,12 +106,12 @@ def moment(run_id: int, at: float, row: Mapping[str, Any]) -> dict[str, Any]:
 
 def _before(connection: Connection, campaign: str, ids: Sequence[int]) -> dict[int, Mapping[str, Any]]:
     """What a moment is made of, for those of the campaign."""
-    columns = (RUNS.c.id, RUNS.c.state, RUNS.c.phase, RUNS.c.attempts, RUNS.c.reason)
+    columns = (RUNS.c.id, RUNS.c.campaign, RUNS.c.state, RUNS.c.phase, RUNS.c.attempts, RUNS.c.reason)
     found: dict[int, Mapping[str, Any]] = {}
     for start in range(0, len(ids), MOST_IDS):
-        these = RUNS.c.id.in_(ids[start : start + MOST_IDS])
-        rows = connection.execute(select(*columns).where(RUNS.c.campaign == campaign, these))
-        found |= {row["id"]: row for row in rows.mappings()}
+        # asked for the campaign too, SQLite would read all of its runs by that index, every time
+        rows = connection.execute(select(*columns).where(RUNS.c.id.in_(ids[start : start + MOST_IDS])))
+        found |= {row["id"]: row for row in rows.mappings() if row["campaign"] == campaign}
     return found
 
 
