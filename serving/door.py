@@ -12,7 +12,7 @@ from typing import Annotated
 from fastapi import Depends, Request, Security
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from starlette.datastructures import Headers
-from starlette.types import ASGIApp, Receive, Send
+from starlette.types import ASGIApp, Message, Receive, Send
 from starlette.types import Scope as AsgiScope
 
 from cluster.objects import StorageError
@@ -69,9 +69,9 @@ class Door:
         state = scope.setdefault("state", {})
         state["caller"] = caller
         try:
-            with taken(quota, self._clock()):
+            with taken(quota, self._clock()) as give_back:
                 state["headers"] = quota.headers()
-                await self._app(scope, receive, send)
+                await self._app(scope, receive, _before_the_end(send, give_back))
         except ApiError as error:  # of the quota: those of the application were answered there
             state["headers"] = quota.headers()
             await error.response()(scope, receive, send)
@@ -105,6 +105,17 @@ class Door:
             )
             raise ApiError(401, said)
         return key
+
+
+def _before_the_end(send: Send, call: Callable[[], None]) -> Send:
+    """`send`, which calls before the answer's last part leaves: a client that has it may ask again at once."""
+
+    async def told(message: Message) -> None:
+        if message["type"] == "http.response.body" and not message.get("more_body", False):
+            call()
+        await send(message)
+
+    return told
 
 
 def _check_here(scope: AsgiScope) -> None:

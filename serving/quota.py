@@ -1,8 +1,8 @@
 """This file is where it is decided how often and how much at a time one key may ask. It has no clock of its own."""
 
 from collections import OrderedDict
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 from serving.answers import ApiError
@@ -54,6 +54,10 @@ class Quota:
         self.tokens -= 1
         self.under_way += 1
 
+    def leave(self) -> None:
+        """One request ends."""
+        self.under_way -= 1
+
     def headers(self) -> dict[str, str]:
         """How things stand, for the client."""
         missing = self.burst - self.tokens
@@ -81,10 +85,13 @@ class Quotas:
 
 
 @contextmanager
-def taken(quota: Quota, now: float) -> Iterator[None]:
-    """Hold a place for one request; raises as `Quota.take`."""
+def taken(quota: Quota, now: float) -> Iterator[Callable[[], None]]:
+    """Hold a place for one request; raises as `Quota.take`.
+
+    Yields:
+        What gives the place back before the block ends, once however often it is called.
+    """
     quota.take(now)
-    try:
-        yield
-    finally:
-        quota.under_way -= 1
+    with ExitStack() as place:
+        place.callback(quota.leave)
+        yield place.close

@@ -1,12 +1,16 @@
 """Nobody gets in without a key, nor beyond its rate, scopes and tenant; the log says who came, and no secret."""
 
+import asyncio
 import json
 import logging
+from collections.abc import Awaitable
 
 import httpx2
 import pytest
 from pydantic import ValidationError
 
+from serving.door import Door
+from serving.keys import Keys
 from serving.settings import ServingSettings, is_loopback
 
 BODY = {"model": "base", "prompt": "a dog", "steps": 1, "guidance_scale": 1}
@@ -71,6 +75,35 @@ def test_a_key_has_so_many_requests_at_a_time(serve, artist) -> None:
         artist.release()
         held.read()
     assert client.get("/v1/models").status_code == 200
+
+
+def test_who_has_its_answer_may_ask_again_though_the_application_has_not_returned(storage, clock) -> None:
+    keys = Keys(storage, clock)
+    _, token = keys.create("x")
+    seen: list[str | int] = []
+
+    async def application(scope, receive, send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        for part in (b"first", b"last"):
+            await send({"type": "http.response.body", "body": part, "more_body": part != b"last"})
+
+    door = Door(application, ServingSettings(rates={"at_once": 1}), keys, clock)
+
+    def ask(answered) -> Awaitable[None]:
+        header = (b"authorization", f"Bearer {token}".encode())
+        return door({"type": "http", "path": "/v1/models", "headers": [header]}, None, answered)
+
+    async def again(message) -> None:
+        if message["type"] == "http.response.start":
+            seen.append(message["status"])
+
+    async def first(message) -> None:
+        if message["type"] == "http.response.body":
+            seen.append(message["body"].decode())
+            await ask(again)
+
+    asyncio.run(ask(first))
+    assert seen == ["first", 429, "last", 200]
 
 
 def test_without_keys_only_this_machine_is_served_and_by_its_own_name(serve) -> None:

@@ -95,3 +95,9 @@ def test_places_are_given_back_whatever_happened() -> None:
                 raise AssertionError
             raise ZeroDivisionError
     assert quota.under_way == 0
+    with taken(quota, 0.0) as give_back:
+        give_back()
+        with taken(quota, 0.0):
+            give_back()
+            assert quota.under_way == 1
+    assert quota.under_way == 0
