@@ -14,14 +14,13 @@ from uuid import uuid4
 from cluster.errors import SystemFailure, UserError, failure_of
 from cluster.mailbox import MailboxClient, create
 from cluster.storage import Storage
-from orchestrator.critic import Critic, Picture, Scores
-from orchestrator.embedders import decoded, open_embedder
 from orchestrator.events import GangThread
-from orchestrator.gate import worth
 from orchestrator.prepare import Prepared, prepare
 from orchestrator.space import key_of, sections
 from orchestrator.spec import parse_run
 from training import checkpoint
+from training.critic import Critic, Picture, Scores, worth
+from training.embedders import decoded, open_embedder
 from training.gang import GangShape, run_gang
 from training.intake import crops
 from training.latents import latent_refs

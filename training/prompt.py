@@ -42,6 +42,11 @@ def render_prompt(prompt: str, class_noun: str, identifier: str | None, template
     return _fill(prompt, phrases)
 
 
+def without_subject(prompt: str) -> str:
+    """The prompt with `{class}` alone where it names the subject: what CLIP reads, which knows no identifier."""
+    return render_prompt(prompt.replace("{identifier} ", ""), "{class}", "", "a {class}")
+
+
 def _fill(text: str, phrases: Mapping[str, str]) -> str:
     def words(match: re.Match[str]) -> str:
         determiner, gap, slot = match.groups()

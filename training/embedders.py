@@ -17,10 +17,10 @@ from PIL import Image
 
 from cluster.errors import UserError
 from cluster.storage import sha256_file
-from orchestrator.scores import Vectors
 from training.basefolder import locate_model
 from training.pipeline import quiet, shipped
 from training.png import Pixels
+from training.scores import Vectors
 
 BATCH = 32  # pictures of a forward: bounds memory; the speed is the same from 16 on
 POCKET = "pocket"
