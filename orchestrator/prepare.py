@@ -17,13 +17,14 @@ from cluster.storage import Storage, sha256
 from training.artifact import Identity
 from training.captions import SUFFIX, read_captions
 from training.decisive import decisive
+from training.embedders import embedders_of, find_embedder
 from training.identifier import choose_identifier
 from training.intake import TABLE, Intake, StoredPhotos, read_photos, store_photos
 from training.latents import ImageSet, Shard
 from training.masks import latent_masks
 from training.pipeline import BaseInfo, load_tokenizer, open_base, token_ids
 from training.prior import prior_key
-from training.prompt import TEMPLATE, render_prompt
+from training.prompt import CLASS_PROMPT, TEMPLATE, render_prompt
 from training.recipe import Run
 from training.schedule import trained_scheduler
 from training.shapes import refuse_untrainable
@@ -41,6 +42,8 @@ class Prepared:
     class_ids: list[int]
     sample_ids: list[list[int]]
     """Of the empty prompt and the prompts of the sample grid; empty when it has none."""
+    look_ids: list[list[int]]
+    """Of the empty prompt, of those of `train.stop` and of that of the class; empty without it."""
     empty_ids: list[int]
     """Of the empty prompt, where captions are dropped; else none."""
     caption_ids: list[list[int]]
@@ -110,6 +113,14 @@ def prepare(run: Run, storage: Storage) -> Prepared:
         decides.append(sha256(masks.tobytes()))
     if run.train.load_best_at_end:
         decides += [run.checkpoint.every, run.validate_.samples]  # they decide which one is the best
+    look_ids: list[list[int]] = []
+    if run.train.stop:
+        for embedder in embedders_of(base.model, run.train.stop):
+            find_embedder(embedder)
+        asked = [render_prompt(prompt, noun, choice.identifier) for prompt in run.train.stop.prompts]
+        asked = ["", *asked, render_prompt(CLASS_PROMPT, noun, None)]
+        look_ids = token_ids(tokenizer, asked, base.token_limit).tolist()
+        decides.append(run.validate_.guidance)
     return Prepared(
         run=run,
         base=base,
@@ -118,6 +129,7 @@ def prepare(run: Run, storage: Storage) -> Prepared:
         subject_ids=subject_ids,
         class_ids=class_ids,
         sample_ids=sample_ids if samples else [],
+        look_ids=look_ids,
         empty_ids=sample_ids[0] if run.train.objective.caption_dropout else [],
         caption_ids=caption_ids,
         masks=masks,

@@ -27,6 +27,7 @@ from training.latents import latent_refs
 from training.lease import Lease
 from training.png import tiles
 from training.prior import prior_images, prior_key, prior_pngs
+from training.prompt import CLASS_PROMPT
 from training.section import merge
 
 LOST = {
@@ -35,7 +36,6 @@ LOST = {
     "clip_t": -1.0,
     "drift": 1.0,
 }  # what a recipe is worth that cannot be trained
-CLASS_PROMPT = "a photo of a {class}"
 DRAW_STEPS = 15  # denoising steps of a drawing that is only scored
 NEWS_S = 5.0  # between two looks at whether the gang is alive
 Record = dict[str, Any]
@@ -235,7 +235,7 @@ class Trial:
     def _run(self, spec: Mapping[str, Any]) -> Any:
         bench = self._bench
         trained = {
-            "train": {"steps": bench.rungs[-1]},
+            "train": {"steps": bench.rungs[-1], "stop": None},  # a scheduler ends it
             "checkpoint": {"every": bench.rungs[-1], "keep": 1, "keep_best": False},
             "validate": {
                 "every": bench.rungs[-1],

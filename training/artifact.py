@@ -75,7 +75,10 @@ def artifact_meta(
     prior_key: str | None,
     metrics: Mapping[str, float],
 ) -> dict[str, Any]:
-    """The manifest of an artifact but for its files; nothing in it depends on time."""
+    """The manifest of an artifact but for its files; nothing in it depends on time.
+
+    Its `steps` are those that its weights were trained: `best_step` of the metrics, where they are not the last.
+    """
     return {
         "kind": KIND,
         "format": FORMAT,
@@ -86,7 +89,7 @@ def artifact_meta(
         "fingerprint": fingerprint,
         "prior_key": prior_key,
         "metrics": dict(metrics),
-        "steps": run.train.steps,
+        "steps": int(metrics.get("best_step", run.train.steps)),
     }
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from cluster.errors import UserError
 
 TEMPLATE = "a {identifier} {class}"
+CLASS_PROMPT = "a photo of a {class}"  # what tells whether a class is what it was
 
 _SLOT = re.compile(r"(?:\b(a|an|the|my|your|his|her|our|their|this|that)(\s+))?\{(\w+)\}", re.IGNORECASE)
 _ARTICLE = re.compile(r"(?:a|an|the)\s+", re.IGNORECASE)

@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_
 
 from training.objective_settings import Objective
 from training.section import Section
+from training.stop_settings import Stop
 
 Method = Literal["lora", "full"]
 SamplerName = Literal["ddim", "ddpm", "euler", "euler-a", "plms", "dpm++2m", "unipc", "lcm"]
@@ -181,6 +182,8 @@ class Train(Section):
     load_best_at_end: bool = False
     """Publish the weights of the checkpoint with the lowest validation loss instead of the last ones, should those be
     worse."""
+    stop: Stop | None = None
+    """When the run ends before `steps`, because its drawings gain no more; `null` trains all steps."""
     seed: int = Field(default=0, ge=0, lt=2**31)
     """Seed of the order of images, the noise and the timesteps."""
     prompt: str = "a photo of {subject}"
