@@ -54,6 +54,18 @@ def test_what_decides_the_best_checkpoint_decides_the_weights_when_it_is_publish
     assert best == prepared("train.load_best_at_end=true", "validate.num_images=3").fingerprint
 
 
+def test_a_run_that_may_end_early_knows_what_it_will_draw_and_by_whom_it_is_judged(
+    prepared: Callable[..., Prepared],
+) -> None:
+    stop = ["train.stop.every=10", "train.stop.dino=pocket", "train.stop.clip=pocket"]
+    run = prepared(*stop)
+    assert run.run.train.stop and len(run.look_ids) == 1 + len(run.run.train.stop.prompts) + 1
+    assert run.look_ids[0] != run.look_ids[-1] and prepared().look_ids == []
+    assert len({prepared(*sets).fingerprint for sets in ([], stop, [*stop, "train.stop.patience=3"])}) == 3
+    with pytest.raises(UserError, match="facebook/dino-vits16"):
+        prepared("train.stop.every=10")
+
+
 def test_a_mask_travels_with_its_photo_and_decides_what_is_trained(
     prepared: Callable[..., Prepared], tmp_path: Path
 ) -> None:
