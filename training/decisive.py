@@ -15,6 +15,7 @@ LATER = (
     "train.objective",
     "train.templates",
     "train.captions",
+    "train.optimizer",
 )
 
 
