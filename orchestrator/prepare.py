@@ -22,6 +22,7 @@ from training.identifier import choose_identifier
 from training.intake import TABLE, Intake, StoredPhotos, read_photos, store_photos
 from training.latents import ImageSet, Shard
 from training.masks import latent_masks
+from training.optimizer_settings import refuse_missing
 from training.pipeline import BaseInfo, load_tokenizer, open_base, token_ids
 from training.prior import prior_key
 from training.prompt import CLASS_PROMPT, TEMPLATE, render_prompt
@@ -80,8 +81,8 @@ def prepare(run: Run, storage: Storage) -> Prepared:
         storage: The root that takes the photos.
 
     Raises:
-        UserError: A photo, the base, the identifier, a prompt or a LoRA target cannot be used, or no photo would be
-            left to train.
+        UserError: A photo, the base, the identifier, a prompt, a LoRA target or the optimizer cannot be used, or no
+            photo would be left to train.
     """
     base = open_base(run.base.model, run.base.revision)
     tokenizer, noun = load_tokenizer(base), run.subject.class_noun
@@ -92,6 +93,7 @@ def prepare(run: Run, storage: Storage) -> Prepared:
     prompts = [subject_prompt, class_prompt, run.prior.negative_prompt, "", *samples]
     subject_ids, class_ids, _, *sample_ids = token_ids(tokenizer, prompts, base.token_limit).tolist()
     refuse_untrainable(base, run.train)
+    refuse_missing(run.train.optimizer)
     trained_scheduler(base.scheduler, run.train.objective)
     objective = run.train.objective
     intake = read_photos(run.subject.images, base.image_size, objective.mask)

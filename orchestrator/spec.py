@@ -15,9 +15,12 @@ from pydantic.fields import FieldInfo
 from cluster.errors import UserError, did_you_mean
 from orchestrator.document import anchor_run, parse_document
 from training.defaults import with_defaults
+from training.optimizer_settings import refuse_sharding
 from training.prompt import render_prompt
 from training.recipe import Lora, Run
 from training.section import merge
+
+LEAST_OF_PRODIGY = 0.1  # a rate such as AdamW's would have it learn nothing; diffusers warns of it likewise
 
 
 def load_run(config: Path | None, flags: Mapping[str, Any], sets: Sequence[str]) -> Run:
@@ -58,6 +61,7 @@ def parse_run(raw: Mapping[str, Any]) -> Run:
             "leave it out, or set train.text_encoder.train: true and fewer steps",
         )
     _check_prompts(run)
+    _check_optimizer(run)
     _check_accumulation(run)
     _check_workers(run)
     _check_best(run)
@@ -130,6 +134,32 @@ def _check_prompts(run: Run) -> None:
             "train.captions is files, which gives each photo a prompt of its own",
             "leave one of them out",
         )
+
+
+def _check_optimizer(run: Run) -> None:
+    """The optimizer takes the rates and stages that the run gives it."""
+    train, text, name = run.train, run.train.text_encoder, run.train.optimizer.name
+    refuse_sharding(train.optimizer, run.engine.zero_stage, run.engine.offload)
+    without = f"cannot be had with train.optimizer.name: {name}"
+    if name in ("prodigy", "adamw-schedulefree") and text.stop_after is not None:
+        seen = "it goes on moving what has a rate of 0"
+        raise UserError(f"train.text_encoder.stop_after {without}", seen, "leave it out")
+    if name == "prodigy" and train.lr < LEAST_OF_PRODIGY:
+        seen = f"train.lr is {train.lr:g}, which multiplies the rate that it finds by itself"
+        raise UserError("train.lr is too low for prodigy", seen, "set train.lr: 1, or leave it out")
+    if name == "prodigy" and text.train and text.lr != train.lr:
+        seen = (
+            f"train.lr is {train.lr:g} and train.text_encoder.lr {text.lr:g}, and it finds one rate for both"
+        )
+        raise UserError(
+            "two learning rates cannot be had with prodigy", seen, "set both to 1, or leave both out"
+        )
+    if name == "adamw-schedulefree" and train.ema_decay is not None:
+        seen = "what it publishes is an average already"
+        raise UserError(f"train.ema_decay {without}", seen, "leave it out")
+    if name == "adamw-schedulefree" and train.lr_scheduler != "constant":
+        seen = "its average stands in for a schedule; a warm-up it takes"
+        raise UserError(f"train.lr_scheduler: {train.lr_scheduler} {without}", seen, "leave it out")
 
 
 def _check_accumulation(run: Run) -> None:

@@ -4,6 +4,7 @@ import json
 
 from cluster.storage import Storage, sha256
 from training.objective_settings import Objective
+from training.optimizer_settings import Optimizer
 from training.recipe import ATTENTION, Run
 
 # Ends of the names of a Stable Diffusion UNet's layers that are linear in every base: a bank adapts no others
@@ -22,6 +23,7 @@ def bankable(run: Run, world: int) -> str | None:
         "prior.target": run.prior.weight > 0 and run.prior.target == "base",
         "train.lora.kind": train.lora.kind != "lora",
         "train.lora.dora": train.lora.dora,
+        "train.optimizer": train.optimizer != Optimizer(),
         "train.ema_decay": train.ema_decay is not None,
         "train.load_best_at_end": train.load_best_at_end,
         "train.stop": train.stop is not None,

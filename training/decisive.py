@@ -16,6 +16,7 @@ LATER = (
     "train.templates",
     "train.captions",
     "train.stop",
+    "train.optimizer",
 )
 
 

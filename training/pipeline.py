@@ -8,6 +8,7 @@ B batch, L tokens, D text width, C latent channels, H W latent size.
 
 import importlib.resources
 import json
+import logging
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -302,6 +303,10 @@ def _frozen(model: Any) -> nn.Module:
 
 
 # Models are imported where they are used: a driver needs none of them, and they cost it 5 CPU seconds.
+
+
+# Which diffusers imports where it is installed: it tells of kernels that it has not, for layers that we have not.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def _vae_class() -> Any:

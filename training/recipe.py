@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from training.objective_settings import Objective
+from training.optimizer_settings import Optimizer
 from training.section import Section
 from training.stop_settings import Stop
 
@@ -171,7 +172,7 @@ class Train(Section):
     max_grad_norm: float | None = Field(default=1.0, gt=0)
     """Gradients are clipped to this global norm; `null` is off."""
     weight_decay: float = Field(default=1e-2, ge=0)
-    """AdamW's decoupled weight decay."""
+    """Decoupled weight decay."""
     warmup_steps: int = Field(default=0, ge=0)
     """Steps over which the learning rates rise linearly from 0."""
     lr_scheduler: LrScheduler = "constant"
@@ -199,6 +200,8 @@ class Train(Section):
     """Adapters of method `lora`."""
     objective: Objective = Objective()
     """The loss and the noise."""
+    optimizer: Optimizer = Optimizer()
+    """What makes an update of a gradient."""
 
 
 class Engine(Section):
