@@ -18,6 +18,7 @@ def bankable(run: Run, world: int) -> str | None:
     reasons = {
         "train.method": train.method != "lora",
         "train.text_encoder.train": train.text_encoder.train,
+        "train.new_tokens.count": train.new_tokens.count > 0,
         "train.objective.mask": train.objective.mask != "none",
         "prior.target": run.prior.weight > 0 and run.prior.target == "base",
         "train.lora.kind": train.lora.kind != "lora",

@@ -12,6 +12,7 @@ LATER = (
     "train.lora.kind",
     "train.lora.dora",
     "train.text_encoder.stop_after",
+    "train.new_tokens",
     "train.objective",
     "train.templates",
     "train.captions",
