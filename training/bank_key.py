@@ -52,7 +52,10 @@ def bank_key(run: Run, base_revision: str) -> str | None:
         [run.cluster.cpus_per_worker, run.cluster.gpus_per_worker],
     ]
     if train.objective != Objective():  # the keys of all others are what they were
-        parts.append(train.objective.model_dump())
+        # a setting that came later changes no key where it is at its default
+        later = {"multires_noise_iterations", "multires_noise_discount"}
+        off = later if train.objective.multires_noise_iterations == 0 else set()
+        parts.append(train.objective.model_dump(exclude=off))
     return sha256(json.dumps(parts).encode())[:16]
 
 

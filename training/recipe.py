@@ -101,14 +101,17 @@ class Data(Section):
     color: float = Field(default=0.0, ge=0, le=0.5)
     """How much brightness, contrast and saturation of the variants differ; the first stays as it is. Off: a subject's
     colours are its own."""
+    rotate: float = Field(default=0.0, ge=0, le=45)
+    """How many degrees variants are turned at most, enlarged so that no corner is empty; the first stays as it is."""
     holdout: int = Field(default=0, ge=0, le=1000)
     """Photos kept from training, the last ones in order: the validation loss is theirs. 0 takes it on the photos that
     are trained, with noise that is not."""
 
     @model_validator(mode="after")
     def _takes_effect(self) -> "Data":
-        if self.color and self.variants == 1:
-            raise ValueError("`color` takes no effect with variants: 1; set variants, or leave it out")
+        for name in ("color", "rotate"):
+            if getattr(self, name) and self.variants == 1:
+                raise ValueError(f"`{name}` takes no effect with variants: 1; set variants, or leave it out")
         return self
 
     @property
