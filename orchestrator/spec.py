@@ -60,6 +60,13 @@ def parse_run(raw: Mapping[str, Any]) -> Run:
             "the text encoder is not trained" if not text.train else f"there are {run.train.steps} steps",
             "leave it out, or set train.text_encoder.train: true and fewer steps",
         )
+    stop, steps = run.train.new_tokens.stop_after, run.train.steps
+    if stop is not None and stop >= steps:
+        raise UserError(
+            "train.new_tokens.stop_after takes no effect",
+            f"it is {stop}, and there are {steps} steps",
+            "leave it out, or set it to fewer steps",
+        )
     _check_prompts(run)
     _check_optimizer(run)
     _check_accumulation(run)

@@ -19,6 +19,7 @@ def bankable(run: Run, world: int) -> str | None:
     reasons = {
         "train.method": train.method != "lora",
         "train.text_encoder.train": train.text_encoder.train,
+        "train.new_tokens.count": train.new_tokens.count > 0,
         "train.objective.mask": train.objective.mask != "none",
         "prior.target": run.prior.weight > 0 and run.prior.target == "base",
         "train.lora.kind": train.lora.kind != "lora",
@@ -54,7 +55,10 @@ def bank_key(run: Run, base_revision: str) -> str | None:
         [run.cluster.cpus_per_worker, run.cluster.gpus_per_worker],
     ]
     if train.objective != Objective():  # the keys of all others are what they were
-        parts.append(train.objective.model_dump())
+        # a setting that came later changes no key where it is at its default
+        later = {"multires_noise_iterations", "multires_noise_discount"}
+        off = later if train.objective.multires_noise_iterations == 0 else set()
+        parts.append(train.objective.model_dump(exclude=off))
     return sha256(json.dumps(parts).encode())[:16]
 
 

@@ -47,15 +47,17 @@ class Jury:
         batches: Batches,
     ) -> None:
         self._lease, self._stop, self._base, self._batches = lease, stop, base, batches
-        wanted = Validate(
+        own = Validate(
             prompts=(*stop.prompts, CLASS_PROMPT),
             num_images=stop.num_images,
             steps=stop.steps,
             guidance=lease.recipe.validate_.guidance,
             unguided=False,
         )
-        self._samples = Samples(lease, base, text_encoder, batches, wanted, lease.look_ids)
-        self._pristine = unet
+        self._samples = Samples(lease, base, text_encoder, batches, own, lease.look_ids)
+        of_class, ids = own.model_copy(update={"prompts": (CLASS_PROMPT,)}), lease.look_ids
+        self._pristine = Samples(lease, base, text_encoder, batches, of_class, [ids[0], ids[-1]])
+        self._unet = unet
         self._critic: Critic | None = None
         self._of_base: list[Picture] | None = None  # of the class; drawn at the first look
 
@@ -68,8 +70,9 @@ class Jury:
             loss: The validation loss now, if it is known.
         """
         if self._of_base is None:
-            self._of_base = self._pictures(self._samples.of_base(self._pristine, engine))[1]
-        own, of_class = self._pictures(self._samples.images(engine))
+            self._of_base = self._pictures((CLASS_PROMPT,), self._pristine.of_base(self._unet, engine))
+        drawn = self._pictures((*self._stop.prompts, CLASS_PROMPT), self._samples.images(engine))
+        own, of_class = drawn[: -self._stop.num_images], drawn[-self._stop.num_images :]
         found: list[Look | None] = [None]
         if self._batches.rank == 0:
             self._critic = self._critic or self._new_critic()
@@ -82,15 +85,10 @@ class Jury:
         assert found[0] is not None
         return found[0]
 
-    def _pictures(self, images: Sequence[Pixels] | None) -> tuple[list[Picture], list[Picture]]:
-        """Drawings of the subject and of the class; none on ranks that do not decode them."""
-        asked = [
-            (prompt, seed)
-            for prompt in (*self._stop.prompts, CLASS_PROMPT)
-            for seed in range(self._stop.num_images)
-        ]
-        drawn = [Picture(*one, picture) for one, picture in zip(asked, images, strict=True)] if images else []
-        return drawn[: -self._stop.num_images], drawn[-self._stop.num_images :]
+    def _pictures(self, prompts: Sequence[str], images: Sequence[Pixels] | None) -> list[Picture]:
+        """Drawings with what was asked for; none on ranks that do not decode them."""
+        asked = [(prompt, seed) for prompt in prompts for seed in range(self._stop.num_images)]
+        return [Picture(*one, picture) for one, picture in zip(asked, images, strict=True)] if images else []
 
     def _new_critic(self) -> Critic:
         """On the CPU: a few pictures are seen in a moment there, and the device's memory is the run's."""

@@ -12,7 +12,7 @@ from torch import nn
 from cluster.errors import SystemFailure
 from cluster.storage import Storage
 from training import checkpoint
-from training.artifact import artifact_path
+from training.artifact import Identity, artifact_path
 from training.batches import Batches
 from training.checkpoint import ROWS
 from training.dataplan import Role
@@ -22,6 +22,7 @@ from training.jury import Jury
 from training.lease import Lease
 from training.lora import attach
 from training.module import DreamBoothModule
+from training.new_tokens import grow, started
 from training.patience import Patience
 from training.pipeline import BaseInfo, load_text_encoder, load_unet, open_base
 from training.recipe import Run
@@ -140,6 +141,13 @@ def build_module(base: ResidentBase, run: Run, lease: Lease, stage: int) -> Drea
     else:
         unet.requires_grad_(True)
         text_encoder.requires_grad_(train.text_encoder.train)
+    pristine = base.text_encoder
+    if train.new_tokens.count:
+        identity = Identity.from_json(lease.identity)
+        start = started(pristine, identity.identifier, identity.initializer_ids, train.new_tokens.count)
+        grow(text_encoder, start)
+        _, pristine = base.fresh(share=True)  # prompts name the subject, so what the base says wants them too
+        grow(pristine, start)
     prompts = torch.tensor(lease.prompts, device=base.device)
     taught = run.prior.target == "base" and run.prior.weight > 0
     module = DreamBoothModule(
@@ -150,7 +158,7 @@ def build_module(base: ResidentBase, run: Run, lease: Lease, stage: int) -> Drea
         run.prior.weight,
         compute_type(run.engine, base.device),
         train.objective,
-        Teacher.of(base.unet, base.text_encoder, prompts) if taught or train.objective.mask_prior else None,
+        Teacher.of(base.unet, pristine, prompts) if taught or train.objective.mask_prior else None,
         taught,
     ).train()
     if run.engine.gradient_checkpointing:
