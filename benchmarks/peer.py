@@ -99,3 +99,5 @@ if __name__ == "__main__":
     stand_in()
     sys.argv = sys.argv[1:]
     runpy.run_path(sys.argv[0], run_name="__main__")
+    if torch.cuda.is_available():
+        print("peak_bytes", torch.cuda.max_memory_allocated())

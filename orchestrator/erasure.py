@@ -16,7 +16,7 @@ from cluster.objects import StorageError
 from cluster.storage import Storage
 from orchestrator.evaluation import IMAGES
 from orchestrator.ledger import Ledger
-from orchestrator.prepare import one_at_a_time
+from orchestrator.prepare import one_at_a_time, record_path
 from orchestrator.records import ENDED
 from orchestrator.report import report_path
 from orchestrator.tracking import tracking_uri
@@ -53,6 +53,7 @@ class Erasure:
             running: list[str] = []
             campaigns = self._let_go(subject, running)
             kept += [f"the campaign {name} goes on, and its report will name the subject" for name in running]
+            kept += self._in_wandb(subject)
             paths = [*self._own(subject), *self._in_campaigns(subject), *self._in_evaluations(subject)]
             removed, files = [], 0
             for path in paths:
@@ -191,6 +192,13 @@ class Erasure:
             said = [*str(error).splitlines(), type(error).__name__][0]
             kept.append(f"what MLflow has of it: {said}")
             return []
+
+    def _in_wandb(self, subject: str) -> list[str]:
+        """Its runs in W&B, which are for their owner to delete: nobody here has the right to."""
+        names = self._storage.names(f"runs/{subject}")
+        records = [record_path(subject, name) for name in names]
+        told = [self._storage.read_json(path) for path in records if self._storage.exists(path)]
+        return [f"W&B's run {record['wandb']['url']}" for record in told if "wandb" in record]
 
 
 def _checked(subject: str) -> str:

@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from cluster.errors import UserError
 from cluster.mailbox import Event
 from cluster.registry import CHAMPION, Registry
 from cluster.storage import Storage
@@ -15,6 +16,7 @@ from orchestrator.events import EventLog
 from orchestrator.mlflow_tracker import MlflowTracker
 from orchestrator.prepare import Destination, Prepared, record_path, run_path
 from orchestrator.tracking import Mirrors, TensorBoardTracker, Tracker, flatten, mirror, tracking_uri
+from orchestrator.wandb_tracker import WandbTracker
 from training import checkpoint
 from training.artifact import artifact_path
 from training.figures import rows_kept
@@ -69,7 +71,7 @@ class RunRecord:
             make: Makes the tracker for MLflow; `None` makes one of its own.
 
         Raises:
-            UserError: MLflow cannot be reached.
+            UserError: MLflow cannot be reached, or what is to be tracked with is not installed.
         """
         run, prepared = self.prepared.run, self.prepared
         params = flatten(run.model_dump(mode="json", by_alias=True, exclude={"track"}))
@@ -95,7 +97,29 @@ class RunRecord:
         if run.track.tensorboard:
             root = Path(self.storage.uri) if self.storage.is_local else Path("raybooth-tensorboard")
             trackers.append(TensorBoardTracker(root / self.path / "tensorboard"))
+        if run.track.wandb:
+            trackers += self._wandb(title, params, tags)
         self.mirrors = Mirrors(trackers, self._note)
+
+    def _wandb(self, title: str, params: Mapping[str, Any], tags: Mapping[str, str]) -> list[Tracker]:
+        """The tracker for W&B, whose run is on record; none when it failed."""
+        track = self.prepared.run.track
+        project = track.experiment if track.wandb is True else str(track.wandb)
+        before = self._record.get("wandb", {})
+        run_id = before.get("run_id") if before.get("project") == project else None
+        root = Path(self.storage.uri) if self.storage.is_local else Path("raybooth-wandb")
+        try:
+            tracker = WandbTracker(project, root / self.path, title, params, tags, run_id, self._note)
+        except UserError:
+            raise
+        except Exception as error:  # of whatever kind: the record is ours
+            said = [*str(error).strip().splitlines(), type(error).__name__][0]
+            self._note(f"W&B cannot be used: {said}")
+            return []
+        if tracker.run_id:
+            self._record["wandb"] = {"project": project, "run_id": tracker.run_id, "url": tracker.url}
+            self.becomes(self._record.get("state", "preparing"))
+        return [tracker]
 
     @property
     def log(self) -> EventLog:

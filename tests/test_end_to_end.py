@@ -141,8 +141,11 @@ def test_a_driver_killed_between_publishing_and_registering_goes_on_from_there(
     assert len(client.search_model_versions("name='rex'")) == 1
 
 
-def test_promote_and_rollback_move_the_champion(trained: tuple[Path, dict[str, Any]], photos: Path) -> None:
+def test_promote_and_rollback_move_the_champion(
+    trained: tuple[Path, dict[str, Any]], photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     root, _ = trained
+    monkeypatch.setenv("WANDB_MODE", "offline")
     more = [
         *QUICK,
         "--set",
@@ -151,10 +154,14 @@ def test_promote_and_rollback_move_the_champion(trained: tuple[Path, dict[str, A
         "validate.prompts=[]",
         "--set",
         "track.tensorboard=true",
+        "--set",
+        "track.wandb=true",
     ]
     second = booth(root, "train", str(photos), "--class", SUBJECT_CLASS, "--name", "rex", *more)
     assert second["version"] == "v2"
     assert list((root / "runs/rex/v2/tensorboard").glob("events.out.tfevents.*"))
+    [folder] = (root / "runs/rex/v2/wandb").glob("offline-run-*/run-*.wandb")
+    assert b"loss_subject" in folder.read_bytes()
     assert booth(root, "subjects", "show", "rex")["aliases"]["champion"] == "v2"
     assert booth(root, "subjects", "promote", "rex", "v1")["aliases"]["champion"] == "v1"
     assert booth(root, "subjects", "rollback", "rex")["aliases"]["champion"] == "v2"

@@ -273,11 +273,12 @@ class Track(Section):
     mlflow: str | None = None
     """MLflow tracking URI; `null` is a SQLite file in the storage root (MLFLOW_TRACKING_URI is honoured)."""
     experiment: str = "raybooth"
-    """MLflow experiment."""
+    """MLflow experiment, and W&B project."""
     tensorboard: bool = False
     """Also write TensorBoard event files beside the run."""
-    wandb: Literal[False] = False
-    """Weights & Biases; not to be had yet."""
+    wandb: bool | Annotated[str, Field(pattern=r"^[^/\s]+(/[^/\s]+)?$")] = False
+    """Also to Weights & Biases: `true`, or `PROJECT` or `ENTITY/PROJECT` in place of `experiment`. WANDB_MODE and the
+    like are honoured."""
 
 
 class Validate(Section):

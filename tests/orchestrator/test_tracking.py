@@ -1,17 +1,24 @@
-"""What leaves for MLflow: a real one, in SQLite."""
+"""What leaves for MLflow: a real one, in SQLite; and for W&B: into a folder of its own, without a server."""
 
+import json
+import sys
 import time
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import wandb
 from mlflow import MlflowClient
 
+from cluster.errors import UserError
 from cluster.storage import Storage
 from orchestrator.campaign_mirror import CampaignMirror
 from orchestrator.mlflow_tracker import MlflowTracker
 from orchestrator.tracking import Mirrors, mirror
-from training.png import encode_png
+from orchestrator.wandb_tracker import WandbTracker
+from training.png import decode_png, encode_png
 
 PATIENCE_S = 300  # on a machine that is busy elsewhere
 
@@ -148,3 +155,89 @@ def test_an_mlflow_that_fails_is_one_note_and_the_runs_go_on(storage: Storage, u
     mirror_of.counts({"failed": 100}, 1.0, at_once=True)
     mirror_of.finish("failed")
     assert f"MLflow at {uri} cannot be used" in notes[0] and len(notes) <= 2
+
+
+@pytest.fixture
+def own_wandb(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """W&B that reads its environment anew, and whose process ends with the test."""
+    yield monkeypatch
+    wandb.teardown()
+
+
+def wandb_history(folder: Path) -> list[dict[str, Any]]:
+    """The rows that a W&B run in a folder has: a log of LevelDB's kind, with one protobuf in each record."""
+    from wandb.proto import wandb_internal_pb2
+
+    wandb.teardown()  # its process has written everything when it ends, and not before
+    [file] = folder.glob("wandb/offline-run-*/run-*.wandb")
+    data, at, whole, rows = file.read_bytes(), 7, b"", []
+    assert data[:4] == b":W&B"
+    while at + 7 <= len(data):
+        if 32768 - at % 32768 < 7:  # a block ends with zeros where no head would fit
+            at += 32768 - at % 32768
+            continue
+        size, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+        whole += data[at + 7 : at + 7 + size]
+        at += 7 + size
+        if kind in (1, 4):  # whole, or its last part
+            record = wandb_internal_pb2.Record.FromString(whole)
+            items = {item.key or ".".join(item.nested_key): item.value_json for item in record.history.item}
+            rows += [{key: json.loads(value) for key, value in items.items()}] if items else []
+            whole = b""
+    return rows
+
+
+def test_a_run_in_wandbs_folder_has_every_step_once(
+    storage: Storage, tmp_path: Path, own_wandb: pytest.MonkeyPatch
+) -> None:
+    own_wandb.setenv("WANDB_MODE", "offline")
+    storage.write("runs/rex/v1/samples/step_000002.png", encode_png(np.zeros((4, 4, 3), np.uint8)))
+    sample = {"event": "sample", "step": 2, "path": "runs/rex/v1/samples/step_000002.png"}
+
+    def told(entries: list[dict[str, Any]], state: str) -> None:
+        params = {"train.steps": 4, "base.model": "s3://key:secret@bucket/base"}
+        tracker = WandbTracker("booth", tmp_path, "rex-v1", params, {}, None, pytest.fail)
+        assert tracker.run_id is tracker.url is None
+        mirrors = Mirrors([tracker], pytest.fail)
+        mirror(entries, mirrors, storage)
+        assert mirrors.register("rex", "v1", storage, "artifacts/rex/v1", "champion") is None
+        mirrors.finish(state, None if state == "succeeded" else "it was stopped")
+
+    told([*said(1, 3), sample], "interrupted")
+    told([*said(1, 3), sample, *said(4, 4)], "succeeded")  # begun anew in its place, and told all of it
+    rows = wandb_history(tmp_path)
+    steps = {row["step"]: row for row in rows if "loss_subject" in row}
+    assert list(steps) == [1, 2, 3, 4] and "lr_text" not in steps[1]
+    assert [steps[n]["loss_subject"] for n in steps] == [0.1, 0.2, 0.3, 0.4]
+    found = [(row["step"], row["validation_loss"]) for row in rows if "validation_loss" in row]
+    assert found == [(2, 0.4), (4, 0.8)]
+    [picture] = tmp_path.glob("wandb/offline-run-*/files/media/images/samples_*.png")
+    assert decode_png(picture.read_bytes()).shape == (4, 4, 3)
+    [file] = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    assert b"secret" not in file.read_bytes() and b"artifacts/rex/v1" in file.read_bytes()
+
+
+def test_a_wandb_that_cannot_be_reached_is_one_note_and_a_folder(
+    storage: Storage, tmp_path: Path, own_wandb: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    own_wandb.setenv("WANDB_MODE", "online")
+    own_wandb.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    own_wandb.setenv("WANDB_API_KEY", "a" * 40)
+    own_wandb.setattr("orchestrator.wandb_tracker.REACH_S", 1.0)
+    notes: list[str] = []
+    for name in ("rex", "tom"):  # the second one does not try
+        tracker = WandbTracker("booth", tmp_path / name, f"{name}-v1", {}, {}, None, notes.append)
+        mirror(said(1, 2), Mirrors([tracker], pytest.fail), storage)
+        tracker.finish("succeeded")
+    assert len(notes) == 1 and "W&B cannot be reached" in notes[0] and "wandb sync" in notes[0]
+    for name in ("rex", "tom"):
+        assert [row["step"] for row in wandb_history(tmp_path / name) if "lr" in row] == [1, 2]
+    assert capfd.readouterr() == ("", "")
+
+
+def test_wandb_that_is_not_installed_is_named_with_its_extra(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match=r"wandb is not installed.*pip install 'raybooth\[wandb\]'"):
+        WandbTracker("booth", tmp_path, "rex-v1", {}, {}, None, pytest.fail)
