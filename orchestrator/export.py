@@ -17,6 +17,8 @@ from training.artifact import OpenArtifact, open_artifact
 from training.exchange import to_kohya
 from training.lora import CHANGED, FILE, LayerFactors, read_lora, write_adapters
 from training.lora_algebra import Extraction, extract, merge
+from training.new_tokens import FILE as TOKENS_FILE
+from training.new_tokens import OF_AUTOMATIC, grow, read_tokens, save_tokens
 from training.objective_settings import Objective
 from training.pipeline import (
     BaseInfo,
@@ -57,6 +59,8 @@ class Exported:
     """Of an extracted LoRA: what is lost of the change of the layers that it covers, 0 to 1."""
     uncovered: float | None = None
     """Likewise: how much of the whole change is in parameters that it does not cover, 0 to 1."""
+    embedding: str | None = None
+    """Absolute: the file with the subject's own tokens, where they are not in what was written."""
 
 
 def export(
@@ -90,6 +94,9 @@ def export(
         _check(name, wanted, is_lora, merged, rank)
         whole = (is_lora and (merged or wanted == "single-file")) or (not is_lora and rank is None)
         target = _target(out, f"{name}-{found}", folder=wanted == "diffusers")
+        tokens = read_tokens(artifact.folder)
+        apart = tokens is not None and not (whole and wanted == "diffusers")
+        beside = _tokens_target(target, wanted) if apart else None
         base = open_base(artifact.manifest["base"]["model"], artifact.manifest["base"]["revision"])
         identity = artifact.identity
         prompt = render_prompt("{subject}", identity.class_noun, identity.identifier, identity.template)
@@ -102,6 +109,8 @@ def export(
             adapters = read_lora(artifact.folder) if extraction is None else extraction.adapters
             _write_lora(artifact, adapters, wanted, target, prompt, extraction is None)
             rank = rank or max(f.a.shape[0] for layers in adapters.values() for f in layers.values())
+        if tokens and beside:
+            save_tokens(tokens, beside, None if wanted == "diffusers" else OF_AUTOMATIC)
     return Exported(
         name,
         found,
@@ -111,6 +120,7 @@ def export(
         None if whole else rank,
         extraction.error if extraction else None,
         extraction.uncovered if extraction else None,
+        str(beside.resolve()) if beside else None,
     )
 
 
@@ -144,6 +154,17 @@ def _target(out: Path, stem: str, folder: bool) -> Path:
         raise UserError(f"{target} is there already", "it would be replaced", "give another --out")
     target.parent.mkdir(parents=True, exist_ok=True)
     return target
+
+
+def _tokens_target(target: Path, wanted: Format) -> Path:
+    """The file beside what is written that takes the subject's own tokens; it is not there yet."""
+    if wanted == "diffusers":
+        return target / TOKENS_FILE
+    # as diffusers' own scripts call it beside a LoRA of kohya's names
+    beside = target.with_name(f"{target.stem}_emb.safetensors")
+    if beside.exists():
+        raise UserError(f"{beside} is there already", "it would be replaced", "give another --out")
+    return beside
 
 
 def _pristine(base: BaseInfo) -> Parameters:
@@ -183,6 +204,8 @@ def _write_whole(artifact: OpenArtifact, base: BaseInfo, wanted: Format, target:
     for part, model in (("unet", unet), ("text_encoder", text_encoder)):
         for name, parameter in model.named_parameters():
             parameter.data = parameters[f"{part}.{name}"]
+    if tokens := read_tokens(artifact.folder):
+        grow(text_encoder, tokens)
     save_pipeline(base, unet, text_encoder, target)
     objective = Objective.model_validate(artifact.manifest["recipe"]["train"].get("objective", {}))
     if objective.zero_terminal_snr:

@@ -60,11 +60,19 @@ def parse_run(raw: Mapping[str, Any]) -> Run:
             "the text encoder is not trained" if not text.train else f"there are {run.train.steps} steps",
             "leave it out, or set train.text_encoder.train: true and fewer steps",
         )
+    stop, steps = run.train.new_tokens.stop_after, run.train.steps
+    if stop is not None and stop >= steps:
+        raise UserError(
+            "train.new_tokens.stop_after takes no effect",
+            f"it is {stop}, and there are {steps} steps",
+            "leave it out, or set it to fewer steps",
+        )
     _check_prompts(run)
     _check_optimizer(run)
     _check_accumulation(run)
     _check_workers(run)
     _check_best(run)
+    _check_stop(run)
     return run
 
 
@@ -115,6 +123,9 @@ def _check_prompts(run: Run) -> None:
     named = [("train.prompt", run.train.prompt, "x"), ("prior.prompt", run.prior.prompt, None)]
     named += [("train.templates", prompt, "x") for prompt in run.train.templates]
     named += [("validate.prompts", prompt, "x") for prompt in run.validate_.prompts]
+    named += (
+        [("train.stop.prompts", prompt, "x") for prompt in run.train.stop.prompts] if run.train.stop else []
+    )
     for path, prompt, identifier in named:
         try:
             render_prompt(prompt, noun, identifier)
@@ -194,6 +205,27 @@ def _check_best(run: Run) -> None:
     else:
         return
     raise UserError("train.load_best_at_end takes no effect", seen, do)
+
+
+def _check_stop(run: Run) -> None:
+    """There are looks enough to run out of patience before the steps are over."""
+    stop = run.train.stop
+    if stop is None:
+        return
+    if run.train.load_best_at_end:
+        raise UserError(
+            "train.load_best_at_end takes no effect beside train.stop",
+            "train.stop publishes the weights whose drawings scored best",
+            "leave one of them out",
+        )
+    fewest = stop.every * (stop.patience + 1)
+    if fewest >= run.train.steps:
+        raise UserError(
+            "train.stop takes no effect",
+            f"with every: {stop.every} and patience: {stop.patience} a run cannot end before step {fewest}, and there "
+            f"are {run.train.steps}",
+            "lower train.stop.every or patience, or set more train.steps",
+        )
 
 
 # What people type for a setting that has no default.

@@ -65,6 +65,7 @@ def save(
     keep: int,
     keep_best: bool = True,
     facts: Mapping[str, Any] | None = None,
+    spare: int | None = None,
 ) -> None:
     """Publish `state`, then delete all but the newest `keep` checkpoints and the best. Only one rank calls this.
 
@@ -75,7 +76,9 @@ def save(
         fingerprint: Of the recipe that trains.
         keep: Newest checkpoints to keep.
         keep_best: Whether to keep the one with the lowest validation loss besides.
-        facts: Further keys of the manifest: `validation_loss` (`None` where it is no candidate), `world`, `zero_stage`.
+        facts: Further keys of the manifest: `validation_loss` (`None` where it is no candidate), `world`, `zero_stage`,
+            `looks`.
+        spare: The step of another one to keep.
 
     Raises:
         SystemFailure: It cannot be written; nothing of it is visible.
@@ -102,7 +105,7 @@ def save(
         ) from error
     spared = {step for _, step in ranked(storage, run_path, fingerprint)[:1]} if keep_best else set()
     for step in steps_saved(storage, run_path)[:-keep]:
-        if step not in spared:
+        if step not in spared and step != spare:
             storage.remove(_at(run_path, step))
 
 
@@ -128,6 +131,11 @@ def best(
         if loss < below and (state := _whole(storage, run_path, step, fingerprint, note)):
             return loss, state
     return None
+
+
+def looks(storage: Storage, run_path: str, step: int) -> list[Mapping[str, Any]]:
+    """What was found of the run's drawings up to the checkpoint of `step`."""
+    return list((storage.manifest(_at(run_path, step)) or {}).get("looks", ()))
 
 
 def load(storage: Storage, run_path: str, step: int, fingerprint: str) -> State:

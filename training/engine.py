@@ -21,7 +21,7 @@ from torch import nn
 from cluster.errors import UserError
 from training.average import Average
 from training.checkpoint import State, Tensors
-from training.module import TEXT_ENCODER, UNET, DreamBoothModule
+from training.module import NEW_TOKENS, TEXT_ENCODER, UNET, DreamBoothModule
 from training.objective import PairBatch
 from training.optimizer_settings import refuse_sharding
 from training.optimizers import MOMENTS, ScheduleFreeAverage, bring_back, make_optimizer, remembered
@@ -127,9 +127,12 @@ class TrainingEngine:
         if state:
             _load_parameters(self._named, state.parameters)  # before DeepSpeed copies them
         groups = module.parameter_groups()
-        lrs = {UNET: train.lr, TEXT_ENCODER: train.text_encoder.lr}
+        text, tokens = train.text_encoder, train.new_tokens
+        lrs = {UNET: train.lr, TEXT_ENCODER: text.lr, NEW_TOKENS: tokens.lr}
+        stops = {TEXT_ENCODER: text.stop_after, NEW_TOKENS: tokens.stop_after}
+        self._groups = list(groups)
         self._lrs = [lrs[name] for name in groups]
-        self._has_text = TEXT_ENCODER in groups
+        self._stops = [stops.get(name) for name in groups]
         self._parameters = [p for parameters in groups.values() for p in parameters]
         self._moments = MOMENTS.get(train.optimizer.name)
         _describe_group()
@@ -183,15 +186,17 @@ class TrainingEngine:
         """
         if self._restore:
             self._restore_moments(self._restore, batches)
-        lrs = [learning_rate(lr, step, self._train) for lr in self._lrs]
-        stop = self._train.text_encoder.stop_after
-        if self._has_text and stop is not None and step >= stop:
-            lrs[-1] = 0.0  # decay is by the rate too, so nothing of it moves any more
+        lrs = [
+            # decay is by the rate too, so nothing of what has stopped moves any more
+            0.0 if stop is not None and step >= stop else learning_rate(lr, step, self._train)
+            for lr, stop in zip(self._lrs, self._stops, strict=True)
+        ]
         found = self._optimizer.param_groups[0].get("d", 1.0)  # Prodigy's rate, which ours are a part of
         figures = self._update(batches, lrs, wish)
         if self._average is not None:
             self._average.update(step)
-        return StepReport(step + 1, figures, found * lrs[0], found * lrs[-1] if self._has_text else None)
+        by_group = {name: found * lr for name, lr in zip(self._groups, lrs, strict=True)}
+        return StepReport(step + 1, figures, by_group[UNET], by_group.get(TEXT_ENCODER))
 
     def state(self, step: int) -> State:
         """Parameters, moments and average, whole and fp32, the same on every rank; valid until the next step."""

@@ -73,7 +73,7 @@ def estimate(base: BaseInfo, run: Run, device: str, world: int) -> MemoryEstimat
     """
     shapes = trained_shapes(base, run.train)
     sizes = _Sizes.of(shapes, run, zero_stage(run.engine, run.train, world), world)
-    draws = 0 < run.validate_.every < run.train.steps and run.validate_.prompts
+    draws = run.train.stop or (0 < run.validate_.every < run.train.steps and run.validate_.prompts)
     vae, drawing = _drawing(base) if draws else (0, 0)
     live = _live_in_step(base, run, device, world, shapes)
     lasting, offloaded = sizes.optimizer(device)

@@ -22,7 +22,7 @@ MODULES: Mapping[Name, str] = {
     "prodigy": "prodigyopt",
     "adamw-schedulefree": "schedulefree",
 }
-"""What of the extra `optimizers` each one needs; the others come with torch and transformers."""
+"""What of the extra `optimizers` each one needs, or the extra of its name; the others come with what is there."""
 EIGHT_BIT_FROM = 4096  # elements of a parameter whose moments bitsandbytes keeps in a byte
 _BLOCK = 256  # of them share a scale
 
@@ -107,7 +107,7 @@ def refuse_missing(optimizer: Optimizer) -> None:
         raise UserError(
             f"train.optimizer.name is {optimizer.name}, but {module} is not installed",
             f"No module named {module!r}",
-            "pip install 'raybooth[optimizers]'",
+            f"pip install 'raybooth[{'bitsandbytes' if module == 'bitsandbytes' else 'optimizers'}]'",
         )
 
 

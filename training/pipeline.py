@@ -9,6 +9,7 @@ B batch, L tokens, D text width, C latent channels, H W latent size.
 import importlib.resources
 import json
 import logging
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from torch import nn
 
 from cluster.errors import UserError
 from training.basefolder import PARTS, locate, part_config, read_json, used_files
+from training.new_tokens import learned, read_tokens, whole_state
 from training.schedule import NoiseSchedule
 
 if TYPE_CHECKING:
@@ -32,6 +34,7 @@ _TRAINED = {
     "unet": "unet/diffusion_pytorch_model.safetensors",
     "text_encoder": "text_encoder/model.safetensors",
 }
+EMBEDDING = "text_encoder.embeddings.token_embedding.weight"
 _TEXT_PREFIX = "text_model."  # that transformers before 5 needs and later ones drop
 _LOADING: dict[str, Any] = {"use_safetensors": True, "local_files_only": True, "torch_dtype": torch.float32}
 
@@ -123,13 +126,16 @@ def load_tokenizer(base: BaseInfo) -> "CLIPTokenizer":
     return CLIPTokenizer.from_pretrained(base.path / "tokenizer", local_files_only=True)
 
 
-def token_ids(tokenizer: Any, prompts: Sequence[str], limit: int) -> torch.Tensor:
+def token_ids(
+    tokenizer: Any, prompts: Sequence[str], limit: int, words: Mapping[str, Sequence[int]] = {}
+) -> torch.Tensor:
     """Token ids of prompts, padded to `limit` as `StableDiffusionPipeline` pads.
 
     Args:
         tokenizer: Of `load_tokenizer`.
         prompts: B prompts.
         limit: L, the base's `token_limit`.
+        words: Those that the tokenizer does not have, in lower case, and the ids that each stands for.
 
     Returns:
         [B, L] int64.
@@ -138,6 +144,7 @@ def token_ids(tokenizer: Any, prompts: Sequence[str], limit: int) -> torch.Tenso
         UserError: A prompt has more tokens than `limit`; it would be cut in silence.
     """
     rows = tokenizer(list(prompts), padding="max_length", max_length=limit, truncation=False).input_ids
+    rows = [_with_words(tokenizer, *row, limit, words) for row in zip(prompts, rows, strict=True)]
     for prompt, row in zip(prompts, rows, strict=True):
         if len(row) > limit:
             raise UserError(
@@ -146,6 +153,22 @@ def token_ids(tokenizer: Any, prompts: Sequence[str], limit: int) -> torch.Tenso
                 "shorten it",
             )
     return torch.tensor(rows, dtype=torch.int64)
+
+
+def _with_words(
+    tokenizer: Any, prompt: str, row: list[int], limit: int, words: Mapping[str, Sequence[int]]
+) -> list[int]:
+    """The ids of a prompt as the tokenizer would give them if it had the words; `row` is without."""
+    parts = re.split(f"({'|'.join(map(re.escape, words))})", prompt.lower()) if words else [prompt]
+    if len(parts) == 1:
+        return row
+    inside = [
+        i
+        for p in parts
+        for i in (words[p] if p in words else tokenizer(p, add_special_tokens=False).input_ids)
+    ]
+    whole = [tokenizer.bos_token_id, *inside, tokenizer.eos_token_id]
+    return whole + [tokenizer.pad_token_id] * (limit - len(whole))
 
 
 def load_unet(base: BaseInfo) -> nn.Module:
@@ -237,12 +260,15 @@ def decode_latents(vae: nn.Module, latents: torch.Tensor, scaling_factor: float)
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     """What `save_pipeline` wrote of the trained models: their parameters by `unet.NAME` and `text_encoder.NAME`.
 
+    New tokens are left out of the embedding, whose rows are then those of the base.
     The libraries' own loaders patch torch for all threads while they load; this may run beside a model at work.
     """
     found: dict[str, torch.Tensor] = {}
     for part, file in _TRAINED.items():
         for name, value in load_file(folder / file).items():
             found[f"{part}.{name.removeprefix(_TEXT_PREFIX) if part == 'text_encoder' else name}"] = value
+    if tokens := read_tokens(folder):
+        found[EMBEDDING] = found[EMBEDDING][: -len(tokens.embeddings)]
     return found
 
 
@@ -252,14 +278,14 @@ def save_pipeline(base: BaseInfo, unet: nn.Module, text_encoder: nn.Module, fold
     Args:
         base: Gives everything that is not trained.
         unet: Trained, with whole fp32 parameters.
-        text_encoder: Trained or as it was.
+        text_encoder: Trained or as it was; new tokens that it knows are the tokenizer's too.
         folder: Where to; made if it is not there.
     """
     # The libraries' `save_pretrained` imports DeepSpeed to ask whether the model is an engine.
     weights = {
         _TRAINED["unet"]: unet.state_dict(),
         _TRAINED["text_encoder"]: {
-            f"{_TEXT_PREFIX}{name}": value for name, value in text_encoder.state_dict().items()
+            f"{_TEXT_PREFIX}{name}": value for name, value in whole_state(text_encoder).items()
         },
     }
     for file in used_files(base.path):
@@ -268,6 +294,9 @@ def save_pipeline(base: BaseInfo, unet: nn.Module, text_encoder: nn.Module, fold
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, folder / name)
     config = _fp32(read_json(base.path / "text_encoder" / "config.json", base.model))
+    if tokens := learned(text_encoder):
+        config["vocab_size"] += len(tokens.embeddings)
+        _add_to_tokenizer(base, tokens.names, folder / "tokenizer")
     (folder / "text_encoder" / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     for path, tensors in weights.items():
         whole = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
@@ -276,6 +305,15 @@ def save_pipeline(base: BaseInfo, unet: nn.Module, text_encoder: nn.Module, fold
     absent = {part: [None, None] for part in ("safety_checker", "feature_extractor", "image_encoder")}
     index |= {**absent, "requires_safety_checker": False}
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _add_to_tokenizer(base: BaseInfo, names: Sequence[str], folder: Path) -> None:
+    """Have a copy of the base's tokenizer know further tokens, in either of the forms in which it is read."""
+    tokenizer = load_tokenizer(base)
+    added = {name: len(tokenizer) + number for number, name in enumerate(names)}
+    tokenizer.add_tokens(list(names))
+    (folder / "tokenizer.json").write_text(tokenizer.backend_tokenizer.to_str(pretty=True) + "\n")
+    (folder / "added_tokens.json").write_text(json.dumps(added, indent=2) + "\n")
 
 
 def part_settings(base: BaseInfo, part: str) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from orchestrator.spec import load_run, parse_run, run_schema
 from training.decisive import decisive
 from training.defaults import with_defaults
 from training.recipe import Run
+from training.stop_settings import Stop
 
 SUBJECT: dict[str, Any] = {"subject": {"name": "rex", "class": "dog", "images": ["./rex"]}}
 
@@ -45,6 +46,28 @@ def test_a_best_checkpoint_that_cannot_be_is_refused(sets: list[str], what: str,
     error = refusal("train.load_best_at_end=true", *sets)
     assert error.what == what and seen in error.seen
     assert load_run(None, SUBJECT, ["train.load_best_at_end=true"]).train.load_best_at_end
+
+
+@pytest.mark.parametrize(
+    ("sets", "what", "seen"),
+    [
+        (["train.stop.every=100"], "train.stop takes no effect", "cannot end before step 300"),
+        (
+            ["train.stop.every=10", "train.load_best_at_end=true"],
+            "train.load_best_at_end takes no effect beside train.stop",
+            "drawings scored best",
+        ),
+        (
+            ["train.stop.every=10", "train.stop.prompts=['a {thing}']"],
+            "train.stop.prompts: the prompt",
+            "{thing}",
+        ),
+    ],
+)
+def test_an_early_end_that_cannot_be_is_refused(sets: list[str], what: str, seen: str) -> None:
+    error = refusal(*sets)
+    assert what in error.what and seen in error.seen
+    assert load_run(None, SUBJECT, ["train.stop={}", "train.steps=600"]).train.stop == Stop()
 
 
 def test_fewer_workers_are_wanted_than_there_may_be() -> None:
@@ -130,7 +153,7 @@ def test_paths_in_a_file_are_relative_to_the_file_and_those_of_flags_are_not(tmp
             "data.zzz=1",
             "data.zzz is not a setting",
             "it was given 1",
-            "known are color, crop, flip, holdout, variants",
+            "known are color, crop, flip, holdout, rotate, variants",
         ),
         (
             "train.method=lra",

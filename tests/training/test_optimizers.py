@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,17 @@ from training.recipe import Engine, Run, Train
 from training.wish import Wish
 
 OTHERS = ("adamw-8bit", "adafactor", "lion", "prodigy", "adamw-schedulefree")
+HAS_BITSANDBYTES = find_spec("bitsandbytes") is not None
+needs_bitsandbytes = pytest.mark.skipif(
+    not HAS_BITSANDBYTES, reason="bitsandbytes is not installed: pip install 'raybooth[bitsandbytes]'"
+)
+INSTALLED = tuple(name for name in OTHERS if HAS_BITSANDBYTES or name != "adamw-8bit")
+
+
+def of_need(name: str) -> tuple[pytest.MarkDecorator, ...]:
+    return (needs_bitsandbytes,) if name == "adamw-8bit" else ()
+
+
 RATES = {"prodigy": {"lr": 1.0, "text": 1.0}}  # which finds one for both
 FULL = {"method": "full", "pairs_per_step": 2, "max_grad_norm": 0.5, "weight_decay": 0.1, "warmup_steps": 2}
 
@@ -75,7 +87,7 @@ def whole(state: State) -> dict[str, torch.Tensor]:
     return {f"{part}/{name}": t.clone() for part, named in parts.items() for name, t in named.items()}
 
 
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=of_need(name)) for name in OTHERS])
 def test_a_run_trains_as_the_package_does_by_hand(
     name: str, make: Callable[..., Made], resident: ResidentBase, make_lease: Callable[..., Lease]
 ) -> None:
@@ -108,7 +120,10 @@ def test_a_run_trains_as_the_package_does_by_hand(
 
 
 @pytest.mark.resume
-@pytest.mark.parametrize(("name", "stage"), [*((name, 0) for name in OTHERS if name != "lion"), ("lion", 2)])
+@pytest.mark.parametrize(
+    ("name", "stage"),
+    [pytest.param(name, 2 if name == "lion" else 0, marks=of_need(name)) for name in OTHERS],
+)
 def test_six_steps_are_three_a_checkpoint_and_three_bit_for_bit(
     name: str, stage: int, make: Callable[..., Made], tmp_path: Path
 ) -> None:
@@ -180,7 +195,7 @@ def test_lion_gives_the_same_losses_at_every_stage_and_offloaded(make: Callable[
 
 def test_the_memory_plan_knows_every_byte_of_a_state(tiny_base: Path) -> None:
     shapes = ((8, 4, 3, 3), (5000,), (16,), (70, 60))
-    for name in ("adamw", *OTHERS):
+    for name in ("adamw", *INSTALLED):
         parameters = [nn.Parameter(torch.ones(shape)) for shape in shapes]
         optimizer = Optimizer(name=name)  # type: ignore[arg-type]
         made = make_optimizer(optimizer, [{"params": parameters, "lr": 0.1}], 0.0)
@@ -232,6 +247,8 @@ def test_options_reach_the_optimizer() -> None:
         ),
         ("adamw-schedulefree", {"betas": (0.5, 0.6), "eps": 1e-6}),
     ):
+        if name == "adamw-8bit" and not HAS_BITSANDBYTES:
+            continue
         made = make_optimizer(Optimizer(name=name, **given), [{"params": [p], "lr": 0.5}], 0.2)  # type: ignore[arg-type]
         [group] = made.param_groups
         assert {**given, "lr": 0.5, "weight_decay": 0.2}.items() <= group.items()
@@ -261,6 +278,7 @@ def test_a_package_that_is_missing_is_named_with_its_extra(monkeypatch: pytest.M
     refuse_missing(Optimizer(name="adafactor"))
 
 
+@needs_bitsandbytes
 def test_where_bitsandbytes_does_not_run_it_is_refused() -> None:
     nowhere = nn.Parameter(torch.zeros(8, device="meta"))
     with pytest.raises(UserError, match="adamw-8bit does not run on meta here"):
