@@ -145,22 +145,26 @@ def _check_prompts(run: Run) -> None:
 
 def _check_optimizer(run: Run) -> None:
     """The optimizer takes the rates and stages that the run gives it."""
-    train, text, name = run.train, run.train.text_encoder, run.train.optimizer.name
+    train, name = run.train, run.train.optimizer.name
     refuse_sharding(train.optimizer, run.engine.zero_stage, run.engine.offload)
     without = f"cannot be had with train.optimizer.name: {name}"
-    if name in ("prodigy", "adamw-schedulefree") and text.stop_after is not None:
-        seen = "it goes on moving what has a rate of 0"
-        raise UserError(f"train.text_encoder.stop_after {without}", seen, "leave it out")
+    text, tokens = train.text_encoder, train.new_tokens
+    beside = (
+        ("train.text_encoder", text.train, text.lr, text.stop_after),
+        ("train.new_tokens", tokens.count > 0, tokens.lr, tokens.stop_after),
+    )
+    for path, _, lr, stop_after in (part for part in beside if part[1]):
+        if name in ("prodigy", "adamw-schedulefree") and stop_after is not None:
+            seen = "it goes on moving what has a rate of 0"
+            raise UserError(f"{path}.stop_after {without}", seen, "leave it out")
+        if name == "prodigy" and lr != train.lr:
+            seen = f"train.lr is {train.lr:g} and {path}.lr {lr:g}, and it finds one rate for both"
+            raise UserError(
+                "two learning rates cannot be had with prodigy", seen, f"set {path}.lr: {train.lr:g}"
+            )
     if name == "prodigy" and train.lr < LEAST_OF_PRODIGY:
         seen = f"train.lr is {train.lr:g}, which multiplies the rate that it finds by itself"
         raise UserError("train.lr is too low for prodigy", seen, "set train.lr: 1, or leave it out")
-    if name == "prodigy" and text.train and text.lr != train.lr:
-        seen = (
-            f"train.lr is {train.lr:g} and train.text_encoder.lr {text.lr:g}, and it finds one rate for both"
-        )
-        raise UserError(
-            "two learning rates cannot be had with prodigy", seen, "set both to 1, or leave both out"
-        )
     if name == "adamw-schedulefree" and train.ema_decay is not None:
         seen = "what it publishes is an average already"
         raise UserError(f"train.ema_decay {without}", seen, "leave it out")

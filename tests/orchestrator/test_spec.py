@@ -361,6 +361,16 @@ def test_an_objectives_setting_that_takes_no_effect_is_refused() -> None:
             "train.text_encoder.stop_after cannot be had with train.optimizer.name: prodigy",
             "goes on moving",
         ),
+        (
+            ["optimizer.name=prodigy", "new_tokens.count=2"],
+            "two learning rates cannot be had with prodigy",
+            "train.new_tokens.lr 0.0005",
+        ),
+        (
+            ["optimizer.name=adamw-schedulefree", "new_tokens.count=2", "new_tokens.stop_after=5"],
+            "train.new_tokens.stop_after cannot be had with train.optimizer.name: adamw-schedulefree",
+            "goes on moving",
+        ),
     ],
 )
 def test_an_optimizers_setting_that_it_cannot_use_is_refused(sets: list[str], what: str, seen: str) -> None:

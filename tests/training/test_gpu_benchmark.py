@@ -7,10 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from transformers.models.clip.configuration_clip import CLIPTextConfig
+from transformers.models.clip.modeling_clip import CLIPTextModel, CLIPTextModelWithProjection
 
 from benchmarks.gpu import main, table
 from benchmarks.gpu_cases import Bench, serve
-from benchmarks.random_base import TINY, write_base
+from benchmarks.random_base import TINY, TOKENS, TRUE, write_base
 
 OPTIONS: dict[str, Any] = {
     "device": "cpu",
@@ -46,3 +50,20 @@ def test_every_kind_of_case_is_measured(tmp_path: Path, monkeypatch: pytest.Monk
     assert full["tflop"] > 1.2 * lora["tflop"] > 0 and drawn[0]["tflop"] == drawn[1]["tflop"]
     rows = [{"base": "sd15", "case": "serve", "side": "ours", "share": 0.5, **row} for row in drawn]
     assert "| sd15 | serve, images = 2 | ours |" in table(rows)[3] and "50.0 %" in table(rows)[3]
+
+
+def test_bases_of_true_size_have_the_parameters_of_the_published_ones() -> None:
+    found = {}
+    with torch.device("meta"):
+        for name, kind in TRUE.items():
+            parts: list[torch.nn.Module] = [
+                UNet2DConditionModel(in_channels=4, out_channels=4, **kind.unet),
+                AutoencoderKL(**kind.vae),
+            ]
+            for model, text in zip((CLIPTextModel, CLIPTextModelWithProjection), kind.texts, strict=False):
+                parts.append(model(CLIPTextConfig(**text, max_position_embeddings=TOKENS)))
+            found[name] = [sum(p.numel() for p in part.parameters()) for part in parts]
+    assert found == {
+        "sd15": [859_520_964, 83_653_863, 123_060_480],
+        "sdxl": [2_567_463_684, 83_653_863, 123_060_480, 694_659_840],
+    }
