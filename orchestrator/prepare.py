@@ -17,11 +17,12 @@ from cluster.storage import Storage, sha256
 from training.artifact import Identity
 from training.captions import SUFFIX, read_captions
 from training.decisive import decisive
+from training.framing import image_sizes
 from training.identifier import choose_identifier
 from training.intake import TABLE, Intake, StoredPhotos, read_photos, store_photos
 from training.latents import ImageSet, Shard
 from training.masks import latent_masks
-from training.pipeline import BaseInfo, load_tokenizer, open_base, token_ids
+from training.pipeline import BaseInfo, load_tokenizer, open_base, token_ids, unsaid_ids
 from training.prior import prior_key
 from training.prompt import TEMPLATE, render_prompt
 from training.recipe import Run
@@ -47,6 +48,8 @@ class Prepared:
     """Of the photos' own prompts, in order, or of `train.templates`; empty where all share one."""
     masks: NDArray[np.float32] | None
     """[N, h, w], 0 to 1: where each training image counts; `None` is everywhere."""
+    sizes: NDArray[np.float32] | None
+    """[N, 6], of each training image, of a base that is told them."""
     photo_names: list[str]
     fingerprint: str
     notes: list[str]
@@ -86,8 +89,9 @@ def prepare(run: Run, storage: Storage) -> Prepared:
     subject_prompt = render_prompt(run.train.prompt, noun, choice.identifier)
     class_prompt = render_prompt(run.prior.prompt, noun, None)
     samples = [render_prompt(prompt, noun, choice.identifier) for prompt in run.validate_.prompts]
-    prompts = [subject_prompt, class_prompt, run.prior.negative_prompt, "", *samples]
+    prompts = [subject_prompt, class_prompt, run.prior.negative_prompt, *samples]
     subject_ids, class_ids, _, *sample_ids = token_ids(tokenizer, prompts, base.token_limit).tolist()
+    [unsaid] = unsaid_ids(base, tokenizer).tolist()
     refuse_untrainable(base, run.train)
     trained_scheduler(base.scheduler, run.train.objective)
     objective = run.train.objective
@@ -108,6 +112,9 @@ def prepare(run: Run, storage: Storage) -> Prepared:
     if objective.mask != "none":
         masks = latent_masks(intake, base.image_size, base.vae_factor, run.data)
         decides.append(sha256(masks.tobytes()))
+    sizes = image_sizes(intake, base.image_size, run.data) if base.kind.sized else None
+    if sizes is not None:
+        decides.append(sha256(sizes.tobytes()))
     if run.train.load_best_at_end:
         decides += [run.checkpoint.every, run.validate_.samples]  # they decide which one is the best
     return Prepared(
@@ -117,10 +124,11 @@ def prepare(run: Run, storage: Storage) -> Prepared:
         identity=Identity(choice.identifier, noun, TEMPLATE, tuple(choice.token_ids)),
         subject_ids=subject_ids,
         class_ids=class_ids,
-        sample_ids=sample_ids if samples else [],
-        empty_ids=sample_ids[0] if run.train.objective.caption_dropout else [],
+        sample_ids=[unsaid, *sample_ids] if samples else [],
+        empty_ids=unsaid if run.train.objective.caption_dropout else [],
         caption_ids=caption_ids,
         masks=masks,
+        sizes=sizes,
         photo_names=[photo.name for photo in intake.photos],
         fingerprint=sha256(json.dumps(decides, sort_keys=True).encode())[:16],
         notes=[*notes, *choice.warnings],

@@ -7,6 +7,7 @@ from safetensors import safe_open
 from torch import nn
 
 from training.basefolder import used_files
+from training.conditioning import leave_unread
 from training.lora import attach
 from training.pipeline import BaseInfo, empty_text_encoder, empty_unet
 from training.recipe import TextEncoder, Train
@@ -23,6 +24,7 @@ def trained_shapes(base: BaseInfo, train: Train) -> tuple[nn.Module, nn.Module]:
         attach(unet, text_encoder, train.lora, train.text_encoder.train, train.seed)
     else:
         text_encoder.requires_grad_(train.text_encoder.train)
+    leave_unread(text_encoder)
     return unet, text_encoder
 
 
@@ -51,7 +53,7 @@ def refuse_untrainable(base: BaseInfo, train: Train) -> None:
         return
     wanted = [("unet", train.lora.targets)]
     if train.text_encoder.train:
-        wanted.append(("text_encoder", train.lora.text_targets))
+        wanted += [(part, train.lora.text_targets) for part in base.kind.texts]
     if not all(_are_linear(base, part, targets) for part, targets in wanted):
         sizes(base, train)
 
