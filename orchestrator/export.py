@@ -14,6 +14,7 @@ from cluster.errors import UserError
 from cluster.registry import Registry
 from cluster.storage import Storage
 from training.artifact import OpenArtifact, open_artifact
+from training.conditioning import trained_parts
 from training.exchange import to_kohya
 from training.lora import CHANGED, FILE, LayerFactors, read_lora, write_adapters
 from training.lora_algebra import Extraction, extract, merge
@@ -37,7 +38,7 @@ from training.singlefile import single_file
 Format = Literal["diffusers", "single-file", "kohya", "comfy"]
 FORMATS: tuple[Format, ...] = ("diffusers", "single-file", "kohya", "comfy")
 Parameters = dict[str, torch.Tensor]
-"""By `unet.NAME` and `text_encoder.NAME`."""
+"""By `PART.NAME`."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,7 @@ def export(
         whole = (is_lora and (merged or wanted == "single-file")) or (not is_lora and rank is None)
         target = _target(out, f"{name}-{found}", folder=wanted == "diffusers")
         base = open_base(artifact.manifest["base"]["model"], artifact.manifest["base"]["revision"])
+        _check_base(base, wanted)
         identity = artifact.identity
         prompt = render_prompt("{subject}", identity.class_noun, identity.identifier, identity.template)
         extraction: Extraction | None = None
@@ -137,6 +139,15 @@ def _check(name: str, wanted: Format, is_lora: bool, merged: bool, rank: int | N
         )
 
 
+def _check_base(base: BaseInfo, wanted: Format) -> None:
+    if base.kind.family != "sd" and wanted != "diffusers":
+        raise UserError(
+            f"a version of {base.model} is not written as {wanted}",
+            f"the base is of the family {base.kind.family}, and only those of sd are",
+            "use --format diffusers: a LoRA that load_lora_weights reads, or with --merge a whole pipeline",
+        )
+
+
 def _target(out: Path, stem: str, folder: bool) -> Path:
     """Where to write; nothing is there yet."""
     target = out if folder or out.suffix == ".safetensors" else out / f"{stem}.safetensors"
@@ -147,7 +158,7 @@ def _target(out: Path, stem: str, folder: bool) -> Path:
 
 
 def _pristine(base: BaseInfo) -> Parameters:
-    models = {"unet": load_unet(base), "text_encoder": load_text_encoder(base)}
+    models = trained_parts(load_unet(base), load_text_encoder(base))
     return {
         f"{part}.{name}": p.data for part, model in models.items() for name, p in model.named_parameters()
     }
@@ -180,7 +191,7 @@ def _write_whole(artifact: OpenArtifact, base: BaseInfo, wanted: Format, target:
         save_file(tensors, target, metadata={"format": "pt"})
         return
     unet, text_encoder = load_unet(base), load_text_encoder(base)
-    for part, model in (("unet", unet), ("text_encoder", text_encoder)):
+    for part, model in trained_parts(unet, text_encoder).items():
         for name, parameter in model.named_parameters():
             parameter.data = parameters[f"{part}.{name}"]
     save_pipeline(base, unet, text_encoder, target)

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 from cluster.errors import UserError
@@ -48,6 +48,22 @@ def locate(model: str, revision: str | None, shipped: Path | None = None) -> tup
             "leave base.revision out, or bring back the files it was made of",
         )
     return folder, found
+
+
+def glance(model: str, revision: str | None) -> dict[str, Any] | None:
+    """The model_index.json of a base that is here, in a folder or in the hub's cache; `None` where there is none."""
+    file: Any = Path(model).expanduser() / "model_index.json"
+    if not file.is_file():
+        if not _HUB_ID.fullmatch(model):
+            return None
+        file = try_to_load_from_cache(model, "model_index.json", revision=revision)
+        if not isinstance(file, str):
+            return None
+    try:
+        index = json.loads(Path(file).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return index if isinstance(index, dict) else None
 
 
 def locate_model(model: str, what: str) -> Path:

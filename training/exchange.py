@@ -1,7 +1,7 @@
 """This file is where LoRAs take the form in which other programs write and read them: kohya's names, diffusers' names.
 
-Parts are `unet` and `text_encoder`, layers the names of their modules; the names of a file are found among those of the
-base, so that nothing is guessed. d_in and d_out are the width of a layer, r a rank.
+Parts are `unet`, `text_encoder` and SDXL's `text_encoder_2`, layers the names of their modules; the names of a file are
+found among those of the base, so that nothing is guessed. d_in and d_out are the width of a layer, r a rank.
 """
 
 import json
@@ -16,7 +16,7 @@ from training.lora import LayerFactors
 
 Adapters = Mapping[str, Mapping[str, LayerFactors]]
 """By part and layer."""
-_PREFIXES = {"unet": "lora_unet_", "text_encoder": "lora_te_"}
+_PREFIXES = {"unet": "lora_unet_", "text_encoder": "lora_te_", "text_encoder_2": "lora_te2_"}
 _TEXT = "text_model."  # which a text encoder's layers have before them in files
 _FACTOR = re.compile(
     r"\.(lora_A|lora_B|lora_down|lora_up|lora\.down|lora\.up|alpha)(?:\.default)?(?:\.weight)?$"
@@ -146,7 +146,7 @@ def _place(key: str, names: Mapping[str, Mapping[str, str]], file: str) -> tuple
     raise UserError(
         f"{file} does not fit the base",
         f"there is nowhere to put {key}",
-        "name the base that it was trained from with --base; it is a Stable Diffusion 1.x/2.x",
+        "name the base that it was trained from with --base; of an SDXL's give the file in diffusers' names",
     )
 
 

@@ -314,6 +314,12 @@ def write_scheduler(folder: Path, scheduler: Mapping[str, Any]) -> None:
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
+def module_name(base: BaseInfo, part: str, weight: str) -> str:
+    """The module that a weight in the files of a part of a base belongs to."""
+    prefix = _prefix(dict(base.kind.encoders).get(part, ""))
+    return weight.removesuffix(".weight").removeprefix(prefix)
+
+
 def _weights_file(kind: BaseKind, part: str) -> str:
     return f"{part}/{kind.parts[part][1]}.safetensors"
 
