@@ -90,9 +90,10 @@ def export(
         is_lora = (artifact.folder / FILE).is_file()
         _check(name, wanted, is_lora, merged, rank)
         whole = (is_lora and (merged or wanted == "single-file")) or (not is_lora and rank is None)
-        target = _target(out, f"{name}-{found}", folder=wanted == "diffusers")
         base = open_base(artifact.manifest["base"]["model"], artifact.manifest["base"]["revision"])
-        _check_base(base, wanted)
+        if whole:
+            _check_base(base, wanted)
+        target = _target(out, f"{name}-{found}", folder=wanted == "diffusers")
         identity = artifact.identity
         prompt = render_prompt("{subject}", identity.class_noun, identity.identifier, identity.template)
         extraction: Extraction | None = None
@@ -102,7 +103,7 @@ def export(
             if rank is not None:
                 extraction = extract(_pristine(base), _parameters(artifact, base), rank)
             adapters = read_lora(artifact.folder) if extraction is None else extraction.adapters
-            _write_lora(artifact, adapters, wanted, target, prompt, extraction is None)
+            _write_lora(artifact, base, adapters, wanted, target, prompt, extraction is None)
             rank = rank or max(f.a.shape[0] for layers in adapters.values() for f in layers.values())
     return Exported(
         name,
@@ -142,9 +143,9 @@ def _check(name: str, wanted: Format, is_lora: bool, merged: bool, rank: int | N
 def _check_base(base: BaseInfo, wanted: Format) -> None:
     if base.kind.family != "sd" and wanted != "diffusers":
         raise UserError(
-            f"a version of {base.model} is not written as {wanted}",
-            f"the base is of the family {base.kind.family}, and only those of sd are",
-            "use --format diffusers: a LoRA that load_lora_weights reads, or with --merge a whole pipeline",
+            f"{base.model} cannot be written as a single file",
+            f"it is of the family {base.kind.family}, and only bases of Stable Diffusion 1.x are",
+            "use --format diffusers",
         )
 
 
@@ -202,6 +203,7 @@ def _write_whole(artifact: OpenArtifact, base: BaseInfo, wanted: Format, target:
 
 def _write_lora(
     artifact: OpenArtifact,
+    base: BaseInfo,
     adapters: Mapping[str, Mapping[str, LayerFactors]],
     wanted: Format,
     target: Path,
@@ -226,7 +228,7 @@ def _write_lora(
             "train.lora.dora is true",
             "use --format single-file, which has it merged, or --format diffusers",
         )
-    tensors, metadata = to_kohya(adapters)
+    tensors, metadata = to_kohya(adapters, base.kind.texts)
     manifest: Mapping[str, Any] = artifact.manifest
     told = {
         "ss_sd_model_name": str(manifest["base"]["model"]),
