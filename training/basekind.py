@@ -4,7 +4,7 @@ Everything that differs between Stable Diffusion 1.x/2.x and SDXL follows from t
 between two bases of one kind is read from their JSON (`training/pipeline.py`).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -95,3 +95,32 @@ def kind_of(index: Mapping[str, Any], model: str) -> BaseKind:
         f"its model_index.json names {named}",
         f"name a base whose pipeline is {' or '.join(kind.pipeline for kind in KINDS)}",
     )
+
+
+def check_widths(
+    unet: Mapping[str, Any], texts: Sequence[Mapping[str, Any]], kind: BaseKind, model: str
+) -> None:
+    """Refuse a UNet that is told something else than the text encoders of its base say: a refiner's, say.
+
+    Args:
+        unet: Its config.
+        texts: Those of the text encoders, in order.
+        kind: Of the base.
+        model: The base, for people.
+
+    Raises:
+        UserError: It is so.
+    """
+    if not kind.sized:
+        return
+    says = [
+        sum(int(text["hidden_size"]) for text in texts),
+        int(texts[-1]["projection_dim"]) + 6 * int(unet["addition_time_embed_dim"]),
+    ]
+    takes = [int(unet["cross_attention_dim"]), int(unet["projection_class_embeddings_input_dim"])]
+    if takes != says:
+        raise UserError(
+            f"the unet of the base {model} does not fit its text encoders",
+            f"it takes {takes[0]} values of a token and {takes[1]} of a picture, they make {says[0]} and {says[1]}",
+            "use a base of SDXL that draws from text alone, and no refiner",
+        )

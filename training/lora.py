@@ -155,7 +155,8 @@ def read_lora(folder: Path) -> dict[str, dict[str, LayerFactors]]:
         metadata = json.loads((file.metadata() or {}).get(_METADATA, "{}"))
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is no mapping)
     found: dict[str, dict[str, LayerFactors]] = {}
-    for prefix in sorted(key.removesuffix(".r") for key in metadata if key.endswith(".r")):
+    parts = (key.removesuffix(".r") for key in metadata if key.endswith(".r"))
+    for prefix in sorted(parts, key=lambda part: (part != "unet", part)):
         scale = metadata[f"{prefix}.lora_alpha"] / metadata[f"{prefix}.r"]
         names = sorted(n for n in tensors if n.startswith(f"{prefix}.") and n.endswith(".lora_A.weight"))
         layers = [name.removeprefix(f"{prefix}.").removesuffix(".lora_A.weight") for name in names]

@@ -21,7 +21,7 @@ from torch import nn
 
 from cluster.errors import UserError
 from training.basefolder import locate, part_config, read_json, used_files
-from training.basekind import CLIP, BaseKind, kind_of
+from training.basekind import CLIP, BaseKind, check_widths, kind_of
 from training.conditioning import SILENT, TwinEncoder, text_parts, trained_parts
 from training.schedule import NoiseSchedule
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 _BOX = "pocket"  # the one base that ships with raybooth
 _TEXT_PREFIX = (
-    "text_model."  # that transformers before 5 needs before a plain encoder's names and later ones drop
+    "text_model."  # that transformers before 5 needs before a `CLIPTextModel`'s names, later ones drop
 )
 _LOADING: dict[str, Any] = {"use_safetensors": True, "local_files_only": True, "torch_dtype": torch.float32}
 
@@ -95,7 +95,7 @@ def open_base(model: str, revision: str | None = None) -> BaseInfo:
     tokenizers = [read_json(folder / name / "tokenizer_config.json", model) for name in kind.tokenizers]
     unet, vae = configs["unet"], configs["vae"]
     texts = [configs[part] for part in kind.texts]
-    _check_widths(unet, texts, kind, model)
+    check_widths(unet, texts, kind, model)
     prediction_type = NoiseSchedule.from_config(scheduler).prediction_type
     vae_factor = 2 ** (len(vae["block_out_channels"]) - 1)
     limits = [int(text["max_position_embeddings"]) for text in texts]
@@ -115,23 +115,6 @@ def open_base(model: str, revision: str | None = None) -> BaseInfo:
         # diffusers' pipeline of SDXL takes zeros where its index says nothing of it
         silent=kind.sized and bool(index.get("force_zeros_for_empty_prompt", True)),
     )
-
-
-def _check_widths(
-    unet: Mapping[str, Any], texts: Sequence[Mapping[str, Any]], kind: BaseKind, model: str
-) -> None:
-    """Refuse a UNet that is told something else than its text encoders say: a refiner's, say."""
-    if not kind.sized:
-        return
-    told = [sum(int(text["hidden_size"]) for text in texts)]
-    told.append(int(texts[-1]["projection_dim"]) + 6 * int(unet["addition_time_embed_dim"]))
-    takes = [int(unet["cross_attention_dim"]), int(unet["projection_class_embeddings_input_dim"])]
-    if takes != told:
-        raise UserError(
-            f"the unet of the base {model} does not fit its text encoders",
-            f"it takes {takes[0]} values of a token and {takes[1]} of a picture, they make {told[0]} and {told[1]}",
-            "use a base of SDXL that draws from text alone, and no refiner",
-        )
 
 
 def shipped(part: str) -> Path:

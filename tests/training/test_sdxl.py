@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import nn
 
+from cluster.errors import UserError
 from cluster.storage import Storage
 from training.artifact import open_artifact, write_weights
 from training.bank_run import train_bank
@@ -81,6 +82,25 @@ def test_what_a_base_says_of_itself_is_read_from_it(tiny_sdxl: Path, tmp_path: P
     base = open_base(str(tiny_sdxl))
     assert (base.kind.family, base.image_size, base.token_limit, base.prompt_ids) == ("sdxl", 16, 32, 64)
     assert base.silent and not open_base(str(told_nothing_otherwise(tiny_sdxl, tmp_path / "b"))).silent
+
+
+@pytest.mark.parametrize(
+    ("part", "changed", "said"),
+    [
+        ("unet/config.json", {"projection_class_embeddings_input_dim": 24 + 5 * 8}, "no refiner"),
+        ("unet/config.json", {"addition_embed_type": None}, "addition_embed_type"),
+        ("text_encoder_2/config.json", {"architectures": ["CLIPTextModel"]}, "CLIPTextModelWithProjection"),
+        ("model_index.json", {"_class_name": "StableDiffusionXLImg2ImgPipeline"}, "nor an SDXL"),
+    ],
+)
+def test_a_base_that_cannot_be_used_is_refused(
+    part: str, changed: dict[str, Any], said: str, tiny_sdxl: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_sdxl, tmp_path / "base")
+    path = tmp_path / "base" / part
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changed}))
+    with pytest.raises(UserError, match=said):
+        open_base(str(tmp_path / "base"))
 
 
 def test_prompts_become_what_stock_diffusers_makes_of_them(tiny_sdxl: Path) -> None:
@@ -200,6 +220,37 @@ def test_loss_and_gradients_equal_the_textbook_formula(
         for mine, theirs in zip(ours, gradients[part], strict=True):
             assert (mine is None) == (theirs is None)
             assert mine is None or torch.allclose(mine, theirs, atol=1e-5)
+
+
+def test_gradient_checkpointing_and_bf16_compute_the_same_loss(
+    resident: ResidentBase, make_sdxl_job: Callable[..., Lease]
+) -> None:
+    figures = []
+    train = {"method": "full", "pairs_per_step": 2, "text_encoder": {"train": True}}
+    for engine in ({}, {"gradient_checkpointing": True}, {"precision": "bf16"}):
+        lease = make_sdxl_job("rex", train=train, engine=engine)
+        module = build_module(resident, lease.recipe, lease, 0)
+        [batch] = Batches.of(lease, resident.info, torch.device("cpu"), 0, 1).of_step(0)
+        loss, *_ = module(batch)
+        loss.backward()
+        norm = nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
+        figures.append(torch.stack([loss.detach(), norm]))
+    assert torch.equal(figures[0], figures[1])
+    assert torch.allclose(figures[0], figures[2], rtol=0.02) and not torch.equal(figures[0], figures[2])
+
+
+def test_the_class_term_of_the_base_is_told_the_same_sizes(
+    resident: ResidentBase, make_sdxl_job: Callable[..., Lease]
+) -> None:
+    job = make_sdxl_job("rex", train={"pairs_per_step": 3}, prior={"target": "base"})
+    lease = replace(job, class_latents=())
+    module = build_module(resident, lease.recipe, lease, 0)
+    [batch] = Batches.of(lease, resident.info, torch.device("cpu"), 0, 1).of_step(0)
+    assert batch.sizes is not None  # a step sees all three photos in both roles
+    assert torch.equal(batch.sizes[0::2].sort(0)[0], batch.sizes[1::2].sort(0)[0])
+    _, subject, of_class = module(batch)
+    # fresh adapters are nothing, so the base and what is trained of it agree
+    assert float(subject) > 0.1 and float(of_class) < 1e-9
 
 
 def test_the_sizes_of_a_row_matter_and_travel_with_it(
