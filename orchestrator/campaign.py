@@ -48,6 +48,8 @@ class CampaignOutcome:
     report: str = ""
     seconds: float = 0.0
     reason: dict[str, Any] | None = field(default=None)
+    steps_saved: int = 0
+    """That subjects did not train because of `train.stop`."""
     gate: dict[str, Any] | None = None
     """Where the campaign has one: how many versions it let pass, and which it held back, with the reasons."""
 
@@ -262,6 +264,7 @@ def outcome_of(ledger: Ledger, storage: Storage, name: str) -> CampaignOutcome:
         subjects=subjects,
         priors=_priors(rows, storage),
         seconds=round(ended - campaign.created_at, 1),
+        steps_saved=sum(row.steps_saved for row in rows),
         reason=dict(campaign.reason) if campaign.reason else None,
     )
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from cluster.storage import Storage
 
 LOOK_S = 0.5  # how often the record is looked at while it is watched
-ROWS = 200  # of a table that is printed; --json has all
+ROWS = 100  # of a table that is printed; --json has all
 
 
 def show_all(ledger: Ledger) -> dict[str, Any]:
@@ -46,8 +46,8 @@ def show_all(ledger: Ledger) -> dict[str, Any]:
     return {"campaigns": told}
 
 
-def show_one(ledger: Ledger, name: str, watch: bool) -> dict[str, Any]:
-    """Show one campaign's runs; with `watch` until it has ended. Returns the same for `--json`."""
+def show_one(ledger: Ledger, name: str, watch: bool, as_json: bool) -> dict[str, Any]:
+    """Show one campaign's runs; with `watch` until it has ended. Returns the same for `--json`, else its standing."""
     console = Console(stderr=True, highlight=False)
     with CampaignWatch(console=console) if watch else nullcontext() as shown:
         while True:
@@ -63,7 +63,8 @@ def show_one(ledger: Ledger, name: str, watch: bool) -> dict[str, Any]:
     counts: dict[str, int] = {}
     for row in rows:
         counts[row.state] = counts.get(row.state, 0) + 1
-    return {**_campaign(ledger, campaign, counts), "subjects": [_run(row) for row in rows]}
+    standing = _campaign(ledger, campaign, counts)
+    return {**standing, "subjects": [_run(row) for row in rows]} if as_json else standing
 
 
 def print_logs(ledger: Ledger, storage: "Storage", name: str, subject: str | None, follow: bool) -> None:

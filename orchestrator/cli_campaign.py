@@ -287,7 +287,7 @@ def status(
     with reporting(as_json, debug) as output, _record_alone(storage, ledger) as record:
         from orchestrator.campaign_status import show_all, show_one
 
-        output.result = show_one(record, campaign, watch) if campaign else show_all(record)
+        output.result = show_one(record, campaign, watch, as_json) if campaign else show_all(record)
 
 
 @app.command("logs")

@@ -57,6 +57,8 @@ def export(
         output.say(
             f"{done.subject} {done.version} is in {done.path}; it is called {done.prompt!r} in a prompt"
         )
+        if done.embedding is not None:
+            output.say(f"its own tokens are in {done.embedding}, an embedding to be loaded beside it")
         if done.error is not None and done.uncovered is not None:
             output.say(
                 f"extracted at rank {done.rank}: {done.error:.1%} of the change of its layers is lost, and "

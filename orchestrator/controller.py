@@ -26,7 +26,7 @@ from orchestrator.facts import (
 )
 from orchestrator.labour import Works
 from orchestrator.ledger import Ledger
-from orchestrator.records import ENDED, CampaignRow, RunRow, state_of
+from orchestrator.records import ENDED, CampaignRow, RunRow, saved_of, state_of
 from orchestrator.recovery import Again, Failure, History, Kind, Size, decide
 from orchestrator.roster import Roster
 from orchestrator.turns import Turns
@@ -144,12 +144,14 @@ class Controller:
                 figures = {key: said.get(key) for key in ("loss_subject", "loss_class")}
                 self.roster.note(run, step=int(said["step"]), rate=said.get("steps_per_second"), **figures)
             case Published(metrics=metrics):
-                change(run, state="publishing", phase=None, metrics=dict(metrics), step=row.steps)
+                step = row.steps - saved_of(metrics)
+                change(run, state="publishing", phase=None, metrics=dict(metrics), step=step)
                 self.roster.end_lease(run)
                 self._act(partial(self._works.publish, run, metrics))
             case Registered():
                 found = {"version": fact.version, "artifact": fact.artifact, "metrics": dict(fact.metrics)}
-                self._end(run, "succeeded", None, **found, mlflow_run_id=fact.mlflow_run_id, step=row.steps)
+                step = row.steps - saved_of(fact.metrics)
+                self._end(run, "succeeded", None, **found, mlflow_run_id=fact.mlflow_run_id, step=step)
             case Stopped():
                 self._stopped(row, fact)
             case Failed():

@@ -11,8 +11,6 @@ from cluster.objects import StorageError
 from cluster.registry import Registry
 from cluster.storage import Storage
 from orchestrator.batch import BatchResult, Look, OpenRay, draw_asked, with_pool
-from orchestrator.critic import Critic, Picture
-from orchestrator.embedders import DEFAULTS, Embedder, decoded, open_embedder
 from orchestrator.evaluation import IMAGES, Evaluated, Evaluation, Settings, Subject, evaluation_path
 from orchestrator.evaluation_page import write_page
 from orchestrator.gallery import Entry, Gallery, Image
@@ -23,7 +21,9 @@ from orchestrator.protocol import SETS, class_prompts, prompts_for
 from orchestrator.wanted import pristine_images, wanted_images
 from serving.protocol import PRISTINE
 from training.artifact import artifact_path
+from training.critic import Critic, Picture
 from training.defaults import base_family
+from training.embedders import DEFAULTS, Embedder, decoded, open_embedder
 from training.pipeline import BaseInfo, open_base
 from training.png import Pixels
 from training.stream import Pool

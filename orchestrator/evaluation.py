@@ -6,8 +6,8 @@ from typing import Any
 
 from cluster.errors import RayboothError
 from cluster.storage import Storage
-from orchestrator.critic import Picture, Scores
 from orchestrator.wanted import Wanted
+from training.critic import Picture, Scores
 
 Subject = tuple[str, str]  # name and version
 IMAGES = "evaluations/images"  # the gallery: an image that two evaluations want is drawn once

@@ -4,12 +4,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from cluster.storage import Storage
-from orchestrator.critic import HIGHER_IS_BETTER, METRICS, Picture
 from orchestrator.evaluation import Evaluation
 from orchestrator.page import render_page
-from orchestrator.scores import Estimate
 from orchestrator.thumbnails import thumbnail
+from training.critic import HIGHER_IS_BETTER, METRICS, Picture
 from training.png import encode_png
+from training.scores import Estimate
 
 PROMPTS, SEEDS = 40, 8  # shown at most; evaluation.json has all
 NAMES = {

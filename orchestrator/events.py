@@ -14,7 +14,7 @@ from cluster.storage import Storage
 
 EVERY_S = 3.0  # between two writes of a log in an object store
 SHARE = 10  # and as many times as long as one takes: a long log must not keep the controller busy
-_OF_A_STEP = ("step", "validation", "sample")
+_OF_A_STEP = ("step", "validation", "sample", "score")
 
 
 class EventLog:

@@ -18,6 +18,8 @@ from training.conditioning import trained_parts
 from training.exchange import to_kohya
 from training.lora import CHANGED, FILE, LayerFactors, read_lora, write_adapters
 from training.lora_algebra import Extraction, extract, merge
+from training.new_tokens import FILE as TOKENS_FILE
+from training.new_tokens import OF_AUTOMATIC, grow, read_tokens, save_tokens
 from training.objective_settings import Objective
 from training.pipeline import (
     BaseInfo,
@@ -58,6 +60,8 @@ class Exported:
     """Of an extracted LoRA: what is lost of the change of the layers that it covers, 0 to 1."""
     uncovered: float | None = None
     """Likewise: how much of the whole change is in parameters that it does not cover, 0 to 1."""
+    embedding: str | None = None
+    """Absolute: the file with the subject's own tokens, where they are not in what was written."""
 
 
 def export(
@@ -94,6 +98,9 @@ def export(
         if whole:
             _check_base(base, wanted)
         target = _target(out, f"{name}-{found}", folder=wanted == "diffusers")
+        tokens = read_tokens(artifact.folder)
+        apart = tokens is not None and not (whole and wanted == "diffusers")
+        beside = _tokens_target(target, wanted) if apart else None
         identity = artifact.identity
         prompt = render_prompt("{subject}", identity.class_noun, identity.identifier, identity.template)
         extraction: Extraction | None = None
@@ -105,6 +112,8 @@ def export(
             adapters = read_lora(artifact.folder) if extraction is None else extraction.adapters
             _write_lora(artifact, base, adapters, wanted, target, prompt, extraction is None)
             rank = rank or max(f.a.shape[0] for layers in adapters.values() for f in layers.values())
+        if tokens and beside:
+            save_tokens(tokens, beside, None if wanted == "diffusers" else OF_AUTOMATIC)
     return Exported(
         name,
         found,
@@ -114,6 +123,7 @@ def export(
         None if whole else rank,
         extraction.error if extraction else None,
         extraction.uncovered if extraction else None,
+        str(beside.resolve()) if beside else None,
     )
 
 
@@ -158,6 +168,17 @@ def _target(out: Path, stem: str, folder: bool) -> Path:
     return target
 
 
+def _tokens_target(target: Path, wanted: Format) -> Path:
+    """The file beside what is written that takes the subject's own tokens; it is not there yet."""
+    if wanted == "diffusers":
+        return target / TOKENS_FILE
+    # as diffusers' own scripts call it beside a LoRA of kohya's names
+    beside = target.with_name(f"{target.stem}_emb.safetensors")
+    if beside.exists():
+        raise UserError(f"{beside} is there already", "it would be replaced", "give another --out")
+    return beside
+
+
 def _pristine(base: BaseInfo) -> Parameters:
     models = trained_parts(load_unet(base), load_text_encoder(base))
     return {
@@ -195,6 +216,8 @@ def _write_whole(artifact: OpenArtifact, base: BaseInfo, wanted: Format, target:
     for part, model in trained_parts(unet, text_encoder).items():
         for name, parameter in model.named_parameters():
             parameter.data = parameters[f"{part}.{name}"]
+    if tokens := read_tokens(artifact.folder):
+        grow(text_encoder, tokens)
     save_pipeline(base, unet, text_encoder, target)
     objective = Objective.model_validate(artifact.manifest["recipe"]["train"].get("objective", {}))
     if objective.zero_terminal_snr:

@@ -194,9 +194,9 @@ def _savers(run: Run, device: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
         parts = min(4 * parts, pairs)
         yield "train.accumulation", str(parts), {"train": {"accumulation": parts}}
     for stage in (2, 3):
-        if workers > 1 and zero_stage(engine, train, workers) < stage:
+        if train.optimizer.is_sharded and workers > 1 and zero_stage(engine, train, workers) < stage:
             yield "engine.zero_stage", str(stage), {"engine": {"zero_stage": stage}}
-    if device == "cuda" and not engine.offload:
+    if device == "cuda" and train.optimizer.is_sharded and not engine.offload:
         shards = {} if engine.zero_stage else {"zero_stage": "auto"}  # stage 0 cannot
         yield "engine.offload", "true", {"engine": {"offload": True, **shards}}
     if device == "cpu" and workers > 1:

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 
 from orchestrator.campaign_settings import Gate
-from orchestrator.critic import Scores
-from orchestrator.scores import Estimate, difference
+from training.critic import Scores
+from training.scores import Estimate, difference
 
 _LEAST, _MOST = ("dino", "clip_i", "clip_t", "div"), ("pres", "copies")
 
@@ -39,16 +39,6 @@ def objections(gate: Gate, scores: Scores, champion: Scores | None) -> list[str]
                 "in DINO + CLIP-T - drift"
             )
     return found
-
-
-def worth(scores: Scores) -> float:
-    """One number for how good drawings are: likeness and obedience, less what the class has lost.
-
-    DINO + CLIP-T - drift: a model that draws photos by heart loses in CLIP-T, one that has turned the class into the
-    subject in drift. A drift below 0 is no merit.
-    """
-    drift = max(scores.drift.value, 0.0) if scores.drift else 0.0
-    return scores.metrics["dino"].value + scores.metrics["clip_t"].value - drift
 
 
 def gained(pairs: Sequence[tuple[Scores, Scores]]) -> Estimate | None:

@@ -14,7 +14,11 @@ from cluster.registry import CHAMPION
 from cluster.storage import Storage
 from orchestrator.tracking import discreet, figures
 
-_CLOCKS = ("loss_subject", "validation_loss_subject")  # one of them is in every row, and tells its step
+_CLOCKS = (
+    "loss_subject",
+    "validation_loss_subject",
+    "drawn_score",
+)  # one of them is in every row, and tells its step
 _STATUS = {"succeeded": "FINISHED", "cancelled": "KILLED", "interrupted": "KILLED", "stopped": "KILLED"}
 MIRROR_LIMIT_MIB = 64  # a larger artifact is named in MLflow, not copied there
 PARENT_TAG, NOTE_TAG = "mlflow.parentRunId", "mlflow.note.content"  # MLflow's page shows these two

@@ -17,17 +17,19 @@ from cluster.storage import Storage, sha256
 from training.artifact import Identity
 from training.captions import SUFFIX, read_captions
 from training.decisive import decisive
+from training.embedders import embedders_of, find_embedder
 from training.framing import image_sizes
-from training.identifier import choose_identifier
+from training.identifier import Choice, choose_identifier, new_identifier, token_ids_of
 from training.intake import TABLE, Intake, StoredPhotos, read_photos, store_photos
 from training.latents import ImageSet, Shard
 from training.masks import latent_masks
+from training.optimizer_settings import refuse_missing
 from training.pipeline import BaseInfo, load_tokenizer, open_base, token_ids, unsaid_ids
 from training.prior import prior_key
-from training.prompt import TEMPLATE, render_prompt
+from training.prompt import CLASS_PROMPT, TEMPLATE, render_prompt
 from training.recipe import Run
 from training.schedule import trained_scheduler
-from training.shapes import refuse_untrainable
+from training.shapes import refuse_new_tokens, refuse_untrainable
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,8 @@ class Prepared:
     class_ids: list[int]
     sample_ids: list[list[int]]
     """Of the empty prompt and the prompts of the sample grid; empty when it has none."""
+    look_ids: list[list[int]]
+    """Of the empty prompt, of those of `train.stop` and of that of the class; empty without it."""
     empty_ids: list[int]
     """Of the empty prompt, where captions are dropped; else none."""
     caption_ids: list[list[int]]
@@ -80,19 +84,22 @@ def prepare(run: Run, storage: Storage) -> Prepared:
         storage: The root that takes the photos.
 
     Raises:
-        UserError: A photo, the base, the identifier, a prompt or a LoRA target cannot be used, or no photo would be
-            left to train.
+        UserError: A photo, the base, the identifier, a prompt, a LoRA target or the optimizer cannot be used, or no
+            photo would be left to train.
     """
     base = open_base(run.base.model, run.base.revision)
     tokenizer, noun = load_tokenizer(base), run.subject.class_noun
-    choice = choose_identifier(tokenizer, run.subject.identifier, noun)
+    choice, initializer_ids = _named(run, base, tokenizer)
+    identity = Identity(choice.identifier, noun, TEMPLATE, tuple(choice.token_ids), initializer_ids)
     subject_prompt = render_prompt(run.train.prompt, noun, choice.identifier)
     class_prompt = render_prompt(run.prior.prompt, noun, None)
     samples = [render_prompt(prompt, noun, choice.identifier) for prompt in run.validate_.prompts]
     prompts = [subject_prompt, class_prompt, run.prior.negative_prompt, *samples]
-    subject_ids, class_ids, _, *sample_ids = token_ids(tokenizer, prompts, base.token_limit).tolist()
+    ids = token_ids(tokenizer, prompts, base.token_limit, identity.words).tolist()
+    subject_ids, class_ids, _, *sample_ids = ids
     [unsaid] = unsaid_ids(base, tokenizer).tolist()
     refuse_untrainable(base, run.train)
+    refuse_missing(run.train.optimizer)
     trained_scheduler(base.scheduler, run.train.objective)
     objective = run.train.objective
     intake = read_photos(run.subject.images, base.image_size, objective.mask)
@@ -103,11 +110,13 @@ def prepare(run: Run, storage: Storage) -> Prepared:
         captions, untold = read_captions(run.subject.images, names, run.train.prompt)
         notes = [note for note in notes if not _is_caption(note)] + untold
     texts = [render_prompt(caption, noun, choice.identifier) for caption in captions]
-    caption_ids = token_ids(tokenizer, texts, base.token_limit).tolist() if texts else []
+    caption_ids = token_ids(tokenizer, texts, base.token_limit, identity.words).tolist() if texts else []
     photos = store_photos(storage, run.subject.name, intake, base.image_size)
     decides = [decisive(run), base.revision, photos.key, subject_ids, class_ids]
     if caption_ids:
         decides.append(caption_ids)
+    if initializer_ids:
+        decides.append([choice.identifier, initializer_ids])
     masks = None
     if objective.mask != "none":
         masks = latent_masks(intake, base.image_size, base.vae_factor, run.data)
@@ -117,14 +126,23 @@ def prepare(run: Run, storage: Storage) -> Prepared:
         decides.append(sha256(sizes.tobytes()))
     if run.train.load_best_at_end:
         decides += [run.checkpoint.every, run.validate_.samples]  # they decide which one is the best
+    look_ids: list[list[int]] = []
+    if run.train.stop:
+        for embedder in embedders_of(base.model, run.train.stop):
+            find_embedder(embedder)
+        asked = [render_prompt(prompt, noun, choice.identifier) for prompt in run.train.stop.prompts]
+        asked.append(render_prompt(CLASS_PROMPT, noun, None))
+        look_ids = [unsaid, *token_ids(tokenizer, asked, base.token_limit, identity.words).tolist()]
+        decides.append(run.validate_.guidance)
     return Prepared(
         run=run,
         base=base,
         photos=photos,
-        identity=Identity(choice.identifier, noun, TEMPLATE, tuple(choice.token_ids)),
+        identity=identity,
         subject_ids=subject_ids,
         class_ids=class_ids,
         sample_ids=[unsaid, *sample_ids] if samples else [],
+        look_ids=look_ids,
         empty_ids=unsaid if run.train.objective.caption_dropout else [],
         caption_ids=caption_ids,
         masks=masks,
@@ -133,6 +151,35 @@ def prepare(run: Run, storage: Storage) -> Prepared:
         fingerprint=sha256(json.dumps(decides, sort_keys=True).encode())[:16],
         notes=[*notes, *choice.warnings],
     )
+
+
+def _named(run: Run, base: BaseInfo, tokenizer: Any) -> tuple[Choice, tuple[int, ...]]:
+    """How the subject is named, and the tokens that tokens of its own start as; none where it has none."""
+    wanted, noun, tokens = run.subject.identifier, run.subject.class_noun, run.train.new_tokens
+    if not tokens.count:
+        return choose_identifier(tokenizer, wanted, noun), ()
+    refuse_new_tokens(base, tokenizer)
+    choice = new_identifier(tokenizer, wanted, noun, tokens.count)
+    for setting, prompt in (
+        ("prior.prompt", run.prior.prompt),
+        ("prior.negative_prompt", run.prior.negative_prompt),
+        ("subject.class", noun),
+    ):
+        if choice.identifier in prompt.lower():
+            raise UserError(
+                f"{setting} names the subject's own token",
+                f"{choice.identifier} in {prompt!r}: the base, which draws the class, does not know it",
+                "leave it out",
+            )
+    word = tokens.initializer or noun
+    ids = token_ids_of(tokenizer, word)
+    if not ids or tokenizer.unk_token_id in ids:
+        raise UserError(
+            f"new tokens cannot start as {word!r}",
+            "the base's tokenizer has no tokens for it",
+            "set train.new_tokens.initializer to a word that it knows",
+        )
+    return choice, ids
 
 
 def _is_caption(note: str) -> bool:

@@ -6,7 +6,7 @@ Source: the 25 prompts for objects and the 25 for live subjects are those of goo
 
 from collections.abc import Sequence
 
-from training.prompt import render_prompt
+from training.prompt import without_subject
 
 _SHARED = (
     "{subject} in the jungle",
@@ -141,8 +141,3 @@ def prompts_for(class_noun: str, family: str) -> str:
 def class_prompts(prompts: Sequence[str]) -> tuple[str, ...]:
     """Prompts of the class for the same scenes as the first few of `prompts`: `a {class}` in place of `{subject}`."""
     return tuple(without_subject(prompt) for prompt in list(dict.fromkeys(prompts))[:CLASS_PROMPTS])
-
-
-def without_subject(prompt: str) -> str:
-    """The prompt with `{class}` alone where it names the subject: what CLIP reads, which knows no identifier."""
-    return render_prompt(prompt.replace("{identifier} ", ""), "{class}", "", "a {class}")

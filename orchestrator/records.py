@@ -73,6 +73,16 @@ class RunRow:
     started_at: float | None
     finished_at: float | None
 
+    @property
+    def steps_saved(self) -> int:
+        """Steps that it did not train because its drawings gained no more."""
+        return saved_of(self.metrics or {})
+
+
+def saved_of(metrics: Mapping[str, float]) -> int:
+    """Of a run's metrics, the steps that it did not train because its drawings gained no more."""
+    return int(metrics.get("steps_saved", 0))
+
 
 @dataclass(frozen=True)
 class CampaignRow:

@@ -230,6 +230,7 @@ def _render(campaign: CampaignRow, runs: Sequence[RunRow], cards: Sequence[_Card
         "pictured": {card.row.name for card in cards},
         "cards_left_out": sum(1 for run in runs if run.version) - len(cards),
         "steps": sum(run.step for run in runs),
+        "steps_saved": sum(run.steps_saved for run in runs),
         "mean_s": sum(times) / len(times) if times else None,
         "priors": {
             "sets": len(prior_keys),

@@ -141,6 +141,7 @@ class RunRecord:
                 "subject_names": prepared.photo_names,
             },
             sample_ids=prepared.sample_ids,
+            look_ids=prepared.look_ids,
             caption_ids=prepared.caption_ids,
             empty_ids=prepared.empty_ids,
             masks=prepared.masks,

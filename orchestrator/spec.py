@@ -15,9 +15,12 @@ from pydantic.fields import FieldInfo
 from cluster.errors import UserError, did_you_mean
 from orchestrator.document import anchor_run, parse_document
 from training.defaults import with_defaults
+from training.optimizer_settings import refuse_sharding
 from training.prompt import render_prompt
 from training.recipe import Lora, Run
 from training.section import merge
+
+LEAST_OF_PRODIGY = 0.1  # a rate such as AdamW's would have it learn nothing; diffusers warns of it likewise
 
 
 def load_run(config: Path | None, flags: Mapping[str, Any], sets: Sequence[str]) -> Run:
@@ -57,10 +60,19 @@ def parse_run(raw: Mapping[str, Any]) -> Run:
             "the text encoder is not trained" if not text.train else f"there are {run.train.steps} steps",
             "leave it out, or set train.text_encoder.train: true and fewer steps",
         )
+    stop, steps = run.train.new_tokens.stop_after, run.train.steps
+    if stop is not None and stop >= steps:
+        raise UserError(
+            "train.new_tokens.stop_after takes no effect",
+            f"it is {stop}, and there are {steps} steps",
+            "leave it out, or set it to fewer steps",
+        )
     _check_prompts(run)
+    _check_optimizer(run)
     _check_accumulation(run)
     _check_workers(run)
     _check_best(run)
+    _check_stop(run)
     return run
 
 
@@ -111,6 +123,9 @@ def _check_prompts(run: Run) -> None:
     named = [("train.prompt", run.train.prompt, "x"), ("prior.prompt", run.prior.prompt, None)]
     named += [("train.templates", prompt, "x") for prompt in run.train.templates]
     named += [("validate.prompts", prompt, "x") for prompt in run.validate_.prompts]
+    named += (
+        [("train.stop.prompts", prompt, "x") for prompt in run.train.stop.prompts] if run.train.stop else []
+    )
     for path, prompt, identifier in named:
         try:
             render_prompt(prompt, noun, identifier)
@@ -126,6 +141,32 @@ def _check_prompts(run: Run) -> None:
             "train.captions is files, which gives each photo a prompt of its own",
             "leave one of them out",
         )
+
+
+def _check_optimizer(run: Run) -> None:
+    """The optimizer takes the rates and stages that the run gives it."""
+    train, text, name = run.train, run.train.text_encoder, run.train.optimizer.name
+    refuse_sharding(train.optimizer, run.engine.zero_stage, run.engine.offload)
+    without = f"cannot be had with train.optimizer.name: {name}"
+    if name in ("prodigy", "adamw-schedulefree") and text.stop_after is not None:
+        seen = "it goes on moving what has a rate of 0"
+        raise UserError(f"train.text_encoder.stop_after {without}", seen, "leave it out")
+    if name == "prodigy" and train.lr < LEAST_OF_PRODIGY:
+        seen = f"train.lr is {train.lr:g}, which multiplies the rate that it finds by itself"
+        raise UserError("train.lr is too low for prodigy", seen, "set train.lr: 1, or leave it out")
+    if name == "prodigy" and text.train and text.lr != train.lr:
+        seen = (
+            f"train.lr is {train.lr:g} and train.text_encoder.lr {text.lr:g}, and it finds one rate for both"
+        )
+        raise UserError(
+            "two learning rates cannot be had with prodigy", seen, "set both to 1, or leave both out"
+        )
+    if name == "adamw-schedulefree" and train.ema_decay is not None:
+        seen = "what it publishes is an average already"
+        raise UserError(f"train.ema_decay {without}", seen, "leave it out")
+    if name == "adamw-schedulefree" and train.lr_scheduler != "constant":
+        seen = "its average stands in for a schedule; a warm-up it takes"
+        raise UserError(f"train.lr_scheduler: {train.lr_scheduler} {without}", seen, "leave it out")
 
 
 def _check_accumulation(run: Run) -> None:
@@ -164,6 +205,27 @@ def _check_best(run: Run) -> None:
     else:
         return
     raise UserError("train.load_best_at_end takes no effect", seen, do)
+
+
+def _check_stop(run: Run) -> None:
+    """There are looks enough to run out of patience before the steps are over."""
+    stop = run.train.stop
+    if stop is None:
+        return
+    if run.train.load_best_at_end:
+        raise UserError(
+            "train.load_best_at_end takes no effect beside train.stop",
+            "train.stop publishes the weights whose drawings scored best",
+            "leave one of them out",
+        )
+    fewest = stop.every * (stop.patience + 1)
+    if fewest >= run.train.steps:
+        raise UserError(
+            "train.stop takes no effect",
+            f"with every: {stop.every} and patience: {stop.patience} a run cannot end before step {fewest}, and there "
+            f"are {run.train.steps}",
+            "lower train.stop.every or patience, or set more train.steps",
+        )
 
 
 # What people type for a setting that has no default.

@@ -13,7 +13,8 @@ from orchestrator.plots import bars, curves, scatter
 from orchestrator.space import Space
 from orchestrator.study_spec import StudyOutcome
 from orchestrator.thumbnails import thumbnail
-from orchestrator.trial import CLASS_PROMPT, Bench, Record, grid_path, study_path
+from orchestrator.trial import Bench, Record, grid_path, study_path
+from training.prompt import CLASS_PROMPT
 
 GRID_SIDE = 360  # pixels of the shorter side of a grid
 

@@ -87,7 +87,7 @@ def mirror(said: Sequence[Mapping[str, Any]], mirrors: Mirrors, storage: Storage
 
 def _row(entry: Mapping[str, Any]) -> dict[str, float | None]:
     """The figures in an entry by the names that trackers show; empty where there are none."""
-    prefix = {"step": "", "validation": "validation_"}.get(entry["event"])
+    prefix = {"step": "", "validation": "validation_", "score": "drawn_"}.get(entry["event"])
     if prefix is None:
         return {}
     said = {key: value for key, value in entry.items() if key not in ("event", "time", "step")}

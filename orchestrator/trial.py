@@ -14,20 +14,20 @@ from uuid import uuid4
 from cluster.errors import SystemFailure, UserError, failure_of
 from cluster.mailbox import MailboxClient, create
 from cluster.storage import Storage
-from orchestrator.critic import Critic, Picture, Scores
-from orchestrator.embedders import decoded, open_embedder
 from orchestrator.events import GangThread
-from orchestrator.gate import worth
 from orchestrator.prepare import Prepared, prepare
 from orchestrator.space import key_of, sections
 from orchestrator.spec import parse_run
 from training import checkpoint
+from training.critic import Critic, Picture, Scores, worth
+from training.embedders import decoded, open_embedder
 from training.gang import GangShape, run_gang
 from training.intake import crops
 from training.latents import latent_refs
 from training.lease import Lease
 from training.png import tiles
 from training.prior import prior_images, prior_key, prior_pngs
+from training.prompt import CLASS_PROMPT
 from training.section import merge
 
 LOST = {
@@ -36,7 +36,6 @@ LOST = {
     "clip_t": -1.0,
     "drift": 1.0,
 }  # what a recipe is worth that cannot be trained
-CLASS_PROMPT = "a photo of a {class}"
 DRAW_STEPS = 15  # denoising steps of a drawing that is only scored
 NEWS_S = 5.0  # between two looks at whether the gang is alive
 Record = dict[str, Any]
@@ -236,7 +235,7 @@ class Trial:
     def _run(self, spec: Mapping[str, Any]) -> Any:
         bench = self._bench
         trained = {
-            "train": {"steps": bench.rungs[-1]},
+            "train": {"steps": bench.rungs[-1], "stop": None},  # a scheduler ends it
             "checkpoint": {"every": bench.rungs[-1], "keep": 1, "keep_best": False},
             "validate": {
                 "every": bench.rungs[-1],

@@ -10,23 +10,23 @@ from cluster.errors import SystemFailure, UserError
 from cluster.objects import StorageError
 from cluster.session import gpu_count, session
 from cluster.storage import Storage
-from orchestrator.critic import Scores
-from orchestrator.embedders import DEFAULTS, open_embedder
 from orchestrator.gate import gained
 from orchestrator.prepare import Prepared, prepare
 from orchestrator.progress import Stages
 from orchestrator.protocol import SETS, prompts_for
 from orchestrator.recipes import recipe_path
-from orchestrator.scores import Estimate
 from orchestrator.space import draw, every, including, key_of, sections, values_at
 from orchestrator.study import rungs, search
 from orchestrator.study_mirror import mirror_study
 from orchestrator.study_page import write_study_page
 from orchestrator.study_spec import StudyOutcome, StudySpec
 from orchestrator.trial import Bench, Record, read_trial, study_path
+from training.critic import Scores
 from training.defaults import base_family
+from training.embedders import DEFAULTS, open_embedder
 from training.gang import GangShape
 from training.prior import draw_priors, prior_images, prior_key
+from training.scores import Estimate
 from training.stream import Pool, encode
 
 SCORED = 4  # prompts of the set that are drawn at a rung

@@ -1,7 +1,7 @@
 """This file is where prompts, seeds and settings become the images that are wanted of a subject."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, get_args
@@ -77,7 +77,8 @@ def wanted_images(
         prompt: render_prompt(prompt, identity.class_noun, identity.identifier, identity.template)
         for prompt in wanted.prompts
     }
-    return base, _images(base, (name, version, artifact_hash(manifest)), prompts, wanted, guidance, device)
+    who = (name, version, artifact_hash(manifest))
+    return base, _images(base, who, prompts, wanted, guidance, device, identity.words)
 
 
 def pristine_images(
@@ -100,10 +101,13 @@ def _images(
     wanted: Wanted,
     guidance: float,
     device: str,
+    words: Mapping[str, Sequence[int]] = {},
 ) -> list[Image]:
-    """The images of `who` (subject, version, artifact) with prompts and what they read."""
+    """The images of `who` (subject, version, artifact) with prompts and what they read; `words` as `token_ids`."""
     texts = [*prompts.values(), wanted.negative_prompt]
-    token_ids(_tokenizer(base.model, base.revision), texts, base.token_limit)  # refuses what is too long
+    token_ids(
+        _tokenizer(base.model, base.revision), texts, base.token_limit, words
+    )  # refuses what is too long
     subject, version, artifact = who
     return [
         Image(
@@ -113,14 +117,14 @@ def _images(
             base_revision=base.revision,
             width=FORWARD_ROWS[device],
             prompt=prompt,
-            words=words,
+            words=rendered,
             seed=wanted.seed + number,
             negative_prompt=wanted.negative_prompt,
             steps=wanted.steps,
             guidance=guidance,
             sampler=wanted.sampler,
         )
-        for prompt, words in prompts.items()
+        for prompt, rendered in prompts.items()
         for number in range(wanted.num_images)
     ]
 

@@ -5,7 +5,7 @@ The manifest's keys besides `files`: `kind`, `format`, `method`, `base` {model, 
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +16,8 @@ from torch import nn
 from cluster.errors import SystemFailure
 from cluster.storage import Storage, sha256
 from training.lora import save_changed, save_lora
+from training.new_tokens import FILE as TOKENS_FILE
+from training.new_tokens import learned, save_tokens
 from training.pipeline import BaseInfo, save_pipeline, write_scheduler
 from training.recipe import Run
 from training.schedule import trained_scheduler
@@ -35,18 +37,28 @@ class Identity:
     template: str
     """What `{subject}` means, such as `a {identifier} {class}`."""
     token_ids: tuple[int, ...]
-    """The identifier in the base's tokenizer."""
+    """The identifier in the base's tokenizer; of tokens of its own their numbers, on from the base's last."""
+    initializer_ids: tuple[int, ...] = ()
+    """Tokens of the base whose mean the identifier's own tokens started as; empty where it is a word of the base."""
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "Identity":
         """The identity that a manifest holds."""
-        return cls(
-            value["identifier"], value["class_noun"], value["template"], tuple(map(int, value["token_ids"]))
+        ids, initializer_ids = (
+            tuple(map(int, value.get(key, ()))) for key in ("token_ids", "initializer_ids")
         )
+        return cls(value["identifier"], value["class_noun"], value["template"], ids, initializer_ids)
 
     def as_json(self) -> dict[str, Any]:
         """What a manifest holds."""
-        return {**asdict(self), "token_ids": list(self.token_ids)}
+        own = {"initializer_ids": list(self.initializer_ids)} if self.initializer_ids else {}
+        known = {key: value for key, value in asdict(self).items() if key != "initializer_ids"}
+        return {**known, "token_ids": list(self.token_ids), **own}
+
+    @property
+    def words(self) -> Mapping[str, Sequence[int]]:
+        """What `token_ids` has to know of it: an identifier that the base's tokenizer does not have."""
+        return {self.identifier: self.token_ids} if self.initializer_ids else {}
 
 
 @dataclass(frozen=True)
@@ -75,7 +87,10 @@ def artifact_meta(
     prior_key: str | None,
     metrics: Mapping[str, float],
 ) -> dict[str, Any]:
-    """The manifest of an artifact but for its files; nothing in it depends on time."""
+    """The manifest of an artifact but for its files; nothing in it depends on time.
+
+    Its `steps` are those that its weights were trained: `best_step` of the metrics, where they are not the last.
+    """
     return {
         "kind": KIND,
         "format": FORMAT,
@@ -86,7 +101,7 @@ def artifact_meta(
         "fingerprint": fingerprint,
         "prior_key": prior_key,
         "metrics": dict(metrics),
-        "steps": run.train.steps,
+        "steps": int(metrics.get("best_step", run.train.steps)),
     }
 
 
@@ -96,7 +111,7 @@ def write_weights(base: BaseInfo, run: Run, unet: nn.Module, text_encoder: nn.Mo
     Args:
         base: What was trained.
         run: Its method is `lora` (one file for `load_lora_weights`; of other kinds the weights that changed) or `full`
-            (a folder for `from_pretrained`).
+            (a folder for `from_pretrained`). New tokens lie beside it, in a file for `load_textual_inversion`.
         unet: With whole parameters; with adapters for `lora`.
         text_encoder: Likewise.
         folder: Where to; made if it is not there.
@@ -109,6 +124,8 @@ def write_weights(base: BaseInfo, run: Run, unet: nn.Module, text_encoder: nn.Mo
         save_pipeline(base, unet, text_encoder, folder)
         if run.train.objective.zero_terminal_snr:
             write_scheduler(folder, trained_scheduler(base.scheduler, run.train.objective))
+    if tokens := learned(text_encoder):
+        save_tokens(tokens, folder / TOKENS_FILE)
 
 
 def artifact_hash(manifest: Mapping[str, Any]) -> str:

@@ -4,6 +4,7 @@ import json
 
 from cluster.storage import Storage, sha256
 from training.objective_settings import Objective
+from training.optimizer_settings import Optimizer
 from training.recipe import ATTENTION, Run
 
 # Ends of the names of a Stable Diffusion UNet's layers that are linear in every base: a bank adapts no others
@@ -18,12 +19,15 @@ def bankable(run: Run, world: int) -> str | None:
     reasons = {
         "train.method": train.method != "lora",
         "train.text_encoder.train": train.text_encoder.train,
+        "train.new_tokens.count": train.new_tokens.count > 0,
         "train.objective.mask": train.objective.mask != "none",
         "prior.target": run.prior.weight > 0 and run.prior.target == "base",
         "train.lora.kind": train.lora.kind != "lora",
         "train.lora.dora": train.lora.dora,
+        "train.optimizer": train.optimizer != Optimizer(),
         "train.ema_decay": train.ema_decay is not None,
         "train.load_best_at_end": train.load_best_at_end,
+        "train.stop": train.stop is not None,
         "train.accumulation": train.accumulation > 1,
         "train.lora.targets": not all(f".{target}".endswith(LINEAR) for target in train.lora.targets),
         "engine.zero_stage": engine.zero_stage not in ("auto", 0),
@@ -51,7 +55,10 @@ def bank_key(run: Run, base_revision: str) -> str | None:
         [run.cluster.cpus_per_worker, run.cluster.gpus_per_worker],
     ]
     if train.objective != Objective():  # the keys of all others are what they were
-        parts.append(train.objective.model_dump())
+        # a setting that came later changes no key where it is at its default
+        later = {"multires_noise_iterations", "multires_noise_discount"}
+        off = later if train.objective.multires_noise_iterations == 0 else set()
+        parts.append(train.objective.model_dump(exclude=off))
     return sha256(json.dumps(parts).encode())[:16]
 
 

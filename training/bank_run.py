@@ -132,7 +132,7 @@ class _Training:
         for number, slot in list(self.living.items()):
             with self._failing_alone(number):
                 if slot.ended:
-                    self.end(number, "published", {"metrics": slot.services.finish()})
+                    self.end(number, "published", {"metrics": slot.services.finish(slot.step)})
                 else:
                     slot.services.after(slot.step, asked)
 

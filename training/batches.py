@@ -120,7 +120,7 @@ class Batches:
         """The tensors of rows; `plain` ones have noise alone added and their own prompt."""
         plan, wanted = self.plan, PLAIN if plain else self.objective
         role = torch.tensor([int(row.role) for row in rows])
-        noise = np.stack([plan.noise(row.sample_index, self._shape) for row in rows])
+        noise = np.stack([self._noise(row.sample_index, wanted) for row in rows])
         if wanted.offset_noise:
             offsets = np.stack([plan.offset(row.sample_index, self._shape[0]) for row in rows])
             noise = noise + np.float32(wanted.offset_noise) * offsets
@@ -141,6 +141,13 @@ class Batches:
             mask=self._mask(rows),
             sizes=self._sizes(rows),
         ).to(self.device)
+
+    def _noise(self, sample_index: int, wanted: Objective) -> NDArray[np.float32]:
+        """A sample's noise, float32 [C, h, w], of one resolution or of several."""
+        iterations = wanted.multires_noise_iterations
+        if not iterations:
+            return self.plan.noise(sample_index, self._shape)
+        return self.plan.multires(sample_index, self._shape, iterations, wanted.multires_noise_discount)
 
     def _prompt(self, row: PlanRow, plain: bool) -> int:
         """The number of a row's prompt in `token_ids`."""

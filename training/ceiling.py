@@ -11,7 +11,7 @@ from training.pipeline import BaseInfo
 from training.recipe import Run
 from training.shapes import weight_shapes
 
-COPIES = 16  # of all parameters: base, masters, moments, gradients, average, buffers, a checkpoint; at most 13 at once
+COPIES = 16  # of all parameters: base, masters, moments, gradients, average, buffers, a checkpoint; at most 15 at once
 OUTPUTS = 8  # tensors of the size of a layer's output that are alive for it: norms, activations, residuals, gradients
 HEAD = 8  # channels of the smallest head of attention; Stable Diffusion's have 40 and more
 

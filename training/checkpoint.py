@@ -1,13 +1,13 @@
 """This file is where a run's state is saved and found again: what a restart goes on from.
 
-One safetensors of the trained parameters (`p/NAME`), their Adam moments (`m/NAME`, `v/NAME`) and their moving average
-(`e/NAME`, when there is one), whole and fp32, whatever the number of workers and the ZeRO stage were. Everything else
-(lr, order of images, noise) is a function of the step, so nothing else is saved.
+One safetensors of the trained parameters (`p/NAME`), their moments (`m/NAME`, `v/NAME`) and their average (`e/NAME`,
+when there is one), whole and fp32, whatever the number of workers and the ZeRO stage were. An optimizer that remembers
+anything else has that under `o/`. The rest (lr, order of images, noise) is a function of the step and not saved.
 """
 
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ Tensors = Mapping[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class State:
-    """Trained parameters and their Adam moments by parameter name, fp32, whole, after `step` steps."""
+    """Trained parameters and their moments by parameter name, fp32, whole, after `step` steps."""
 
     step: int
     parameters: Tensors
@@ -36,6 +36,8 @@ class State:
     second_moments: Tensors
     average: Tensors | None = None
     """Of the parameters; `None` when none is kept."""
+    optimizer: Tensors = field(default_factory=dict)
+    """All of an optimizer without such moments, as `training/optimizers.py` names it."""
 
     @property
     def weights(self) -> Tensors:
@@ -63,6 +65,7 @@ def save(
     keep: int,
     keep_best: bool = True,
     facts: Mapping[str, Any] | None = None,
+    spare: int | None = None,
 ) -> None:
     """Publish `state`, then delete all but the newest `keep` checkpoints and the best. Only one rank calls this.
 
@@ -73,13 +76,16 @@ def save(
         fingerprint: Of the recipe that trains.
         keep: Newest checkpoints to keep.
         keep_best: Whether to keep the one with the lowest validation loss besides.
-        facts: Further keys of the manifest: `validation_loss` (`None` where it is no candidate), `world`, `zero_stage`.
+        facts: Further keys of the manifest: `validation_loss` (`None` where it is no candidate), `world`, `zero_stage`,
+            `looks`.
+        spare: The step of another one to keep.
 
     Raises:
         SystemFailure: It cannot be written; nothing of it is visible.
     """
     groups = {"p": state.parameters, "m": state.first_moments, "v": state.second_moments}
     groups |= {"e": state.average} if state.average is not None else {}
+    groups |= {"o": state.optimizer}
     tensors = {f"{group}/{name}": t for group, named in groups.items() for name, t in named.items()}
     meta = {
         "kind": "raybooth-checkpoint",
@@ -99,7 +105,7 @@ def save(
         ) from error
     spared = {step for _, step in ranked(storage, run_path, fingerprint)[:1]} if keep_best else set()
     for step in steps_saved(storage, run_path)[:-keep]:
-        if step not in spared:
+        if step not in spared and step != spare:
             storage.remove(_at(run_path, step))
 
 
@@ -127,6 +133,11 @@ def best(
     return None
 
 
+def looks(storage: Storage, run_path: str, step: int) -> list[Mapping[str, Any]]:
+    """What was found of the run's drawings up to the checkpoint of `step`."""
+    return list((storage.manifest(_at(run_path, step)) or {}).get("looks", ()))
+
+
 def load(storage: Storage, run_path: str, step: int, fingerprint: str) -> State:
     """The checkpoint of `step`, checked against its manifest.
 
@@ -144,9 +155,9 @@ def load(storage: Storage, run_path: str, step: int, fingerprint: str) -> State:
             raise SystemFailure(f"{storage.full(path)}/{FILE} cannot be read", str(error)) from error
     split = {
         group: {name[2:]: t for name, t in tensors.items() if name.startswith(f"{group}/")}
-        for group in "pmve"
+        for group in "pmveo"
     }
-    return State(step, split["p"], split["m"], split["v"], split["e"] or None)
+    return State(step, split["p"], split["m"], split["v"], split["e"] or None, split["o"])
 
 
 def latest(storage: Storage, run_path: str, fingerprint: str, note: Callable[[str], None]) -> State | None:

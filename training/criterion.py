@@ -10,6 +10,7 @@ B rows, C latent channels, H W latent size, T timesteps.
 import math
 
 import torch
+from torch import nn
 
 from training.objective_settings import Objective
 from training.schedule import NoiseSchedule
@@ -63,8 +64,14 @@ class Criterion:
             Pseudo-Huber loss (arXiv 2403.16728). `huber` is the square near 0; `smooth_l1` is twice the absolute value
             far from it.
         """
-        if self._widths is None:
+        if self._loss == "mse":
             return difference.square()
+        if self._loss == "l1":
+            return difference.abs()
+        if self._loss == "log_cosh":  # without the overflow of the cosine
+            size = difference.abs()
+            return size + nn.functional.softplus(-2 * size) - math.log(2)
+        assert self._widths is not None  # those of huber and smooth_l1
         width = self._widths.to(difference.device)[timesteps].reshape(-1, 1, 1, 1)
         square = difference.square()
         bent = square / (
@@ -99,13 +106,13 @@ def snr_weights(objective: Objective, schedule: NoiseSchedule) -> torch.Tensor |
 
 
 def huber_widths(objective: Objective, schedule: NoiseSchedule) -> torch.Tensor | None:
-    """Up to about which difference the loss is quadratic at each timestep, float32 [T]; `None` is everywhere.
+    """Up to about which difference Huber's losses are quadratic at each timestep, float32 [T]; `None` for others.
 
     Source:
         arXiv 2403.16728: `exponential` falls from 1 to `huber_c` with the timestep, `snr` with the noise level sigma
         as (1 - c) / (1 + sigma)^2 + c.
     """
-    if objective.loss == "mse":
+    if objective.loss not in ("huber", "smooth_l1"):
         return None
     least, count = objective.huber_c, schedule.num_timesteps
     if objective.huber_schedule == "constant":

@@ -40,6 +40,7 @@ class _Stream(IntEnum):
     PERTURBATION = 6
     CAPTION = 7
     TEMPLATE = 8
+    MULTIRES = 9
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,18 @@ class PlanRow:
 def _generator(seed: int, stream: _Stream, index: int) -> np.random.Generator:
     """The generator of one index of one stream; the low half of the counter is left to the draws."""
     return np.random.Generator(np.random.Philox(key=[seed, stream], counter=[0, 0, index, 0]))
+
+
+def enlarged(image: Array, size: tuple[int, ...]) -> Array:
+    """A picture [C, h, w] at another size, linear between its pixels' middles and flat beyond the outermost."""
+    for axis, side in ((1, size[0]), (2, size[1])):
+        have = image.shape[axis]
+        at = ((np.arange(side) + 0.5) * have / side - 0.5).clip(0, have - 1)
+        low = at.astype(int)
+        share = (at - low).astype(np.float32).reshape((-1, 1) if axis == 1 else (-1,))
+        first, second = (np.take(image, np.minimum(low + n, have - 1), axis) for n in (0, 1))
+        image = first + share * (second - first)
+    return image
 
 
 @lru_cache(maxsize=4)
@@ -159,6 +172,26 @@ class DataPlan:
     def perturbation(self, sample_index: int, shape: tuple[int, ...]) -> Array:
         """The noise that a sample is shown and not asked for: float32, standard normal."""
         return self._normal(_Stream.PERTURBATION, sample_index, shape)
+
+    def multires(self, sample_index: int, shape: tuple[int, ...], iterations: int, discount: float) -> Array:
+        """A sample's noise [C, h, w] with that of coarser resolutions added, brought to variance 1 again: float32.
+
+        Each resolution is 2 to 4 times as coarse as the one before, by chance, and `discount` times as strong.
+
+        Source:
+            wandb.ai/johnowhitaker/multires_noise.
+        """
+        generator = _generator(self.seed, _Stream.MULTIRES, sample_index)
+        noise, sides = self.noise(sample_index, shape), shape[1:]
+        for number in range(1, iterations + 1):
+            coarser = generator.uniform(2.0, 4.0)
+            sides = tuple(max(1, int(side / coarser)) for side in sides)
+            coarse = generator.standard_normal((shape[0], *sides), dtype=np.float32)
+            noise = noise + np.float32(discount**number) * enlarged(coarse, shape[1:])
+            if 1 in sides:
+                break
+        whole: Array = noise / noise.std()
+        return whole
 
     def drops_caption(self, sample_index: int, rate: float) -> bool:
         """Whether a sample is trained with the empty prompt."""

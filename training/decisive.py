@@ -5,16 +5,22 @@ from typing import Any
 from training.recipe import TRAINED_SECTIONS, Recipe
 
 # Settings that came after the first release: at its default one is left out of what decides, and so no fingerprint of
-# an earlier run changes.
+# an earlier run changes. A setting comes before the section it lies in.
 LATER = (
     "prior.target",
     "data.color",
+    "data.rotate",
     "train.lora.kind",
     "train.lora.dora",
     "train.text_encoder.stop_after",
+    "train.new_tokens",
+    "train.objective.multires_noise_iterations",
+    "train.objective.multires_noise_discount",
     "train.objective",
     "train.templates",
     "train.captions",
+    "train.stop",
+    "train.optimizer",
 )
 
 
@@ -28,5 +34,5 @@ def decisive(run: Recipe) -> dict[str, Any]:
         for section in sections:
             ours, theirs = ours[section], theirs[section]
         if ours[name] == theirs[name]:
-            del ours[name]
+            del ours[name], theirs[name]
     return kept

@@ -1,4 +1,4 @@
-"""This file is where the defaults of a base's family and a method stand that differ from those of the recipe.
+"""This file is where the defaults of a base's family, a method and an optimizer stand that differ from the recipe's.
 
 Sources: the DreamBooth paper, diffusers' recommendations, and for `pocket` our own runs.
 """
@@ -53,6 +53,11 @@ DEFAULTS: Mapping[tuple[str, Method], Mapping[str, Any]] = {
     },
 }
 
+# Prodigy finds the rate itself, and ours multiply it
+OF_OPTIMIZER: Mapping[str, Mapping[str, Any]] = {
+    "prodigy": {"train": {"lr": 1.0, "text_encoder": {"lr": 1.0}}},
+}
+
 
 _NAMED_XL = re.compile(r"(?:^|[^a-z])(?:sd)?xl(?:[^a-z]|$)", re.IGNORECASE)
 
@@ -73,13 +78,15 @@ def base_family(model: str, revision: str | None = None) -> str:
 
 
 def with_defaults(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """`raw` laid over the defaults of its base family and method; not yet validated."""
+    """`raw` laid over the defaults of its base family, method and optimizer; not yet validated."""
     base, train = raw.get("base"), raw.get("train")
     at = base if isinstance(base, Mapping) else {}
     method = train.get("method", "lora") if isinstance(train, Mapping) else "lora"
+    optimizer = train.get("optimizer") if isinstance(train, Mapping) else None
+    named = optimizer.get("name") if isinstance(optimizer, Mapping) else None
     revision = at.get("revision")
     family = base_family(str(at.get("model", "pocket")), revision if isinstance(revision, str) else None)
     table: dict[str, Mapping[str, Any]] = {
         name: d for (owner, name), d in DEFAULTS.items() if owner == family
     }
-    return merge(table.get(str(method), {}), raw)
+    return merge(merge(table.get(str(method), {}), OF_OPTIMIZER.get(str(named), {})), raw)

@@ -21,15 +21,16 @@ from torch import nn
 from cluster.errors import UserError
 from training.average import Average
 from training.checkpoint import State, Tensors
-from training.module import TEXT_ENCODER, UNET, DreamBoothModule
+from training.module import NEW_TOKENS, TEXT_ENCODER, UNET, DreamBoothModule
 from training.objective import PairBatch
+from training.optimizer_settings import refuse_sharding
+from training.optimizers import MOMENTS, ScheduleFreeAverage, bring_back, make_optimizer, remembered
 from training.rates import learning_rate
 from training.recipe import Engine, Train
 from training.wish import Wish
 
 # Elements in one reduction, DeepSpeed's default; smaller models need no more than theirs.
 LARGEST_BUCKET = 500_000_000
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @cache
@@ -64,6 +65,7 @@ class StepReport:
     """float32 [6], over all ranks: loss of the subject, loss of the class, gradient norm before clipping, how many
     ranks wish a checkpoint, how many to leave, how many to drop the run."""
     lr: float
+    """What the optimizer took, also where it finds it by itself."""
     lr_text: float | None
     """`None` when the text encoder is not trained."""
 
@@ -72,10 +74,12 @@ def zero_stage(engine: Engine, train: Train, world: int) -> int:
     """The ZeRO stage of a run: `auto` is 0 for one worker or LoRA, where sharding only adds a copy, else 2.
 
     Raises:
-        UserError: The optimizer is to be offloaded at stage 0, which cannot.
+        UserError: The optimizer is to be offloaded at stage 0, which cannot, or is one that cannot be sharded.
     """
+    refuse_sharding(train.optimizer, engine.zero_stage, engine.offload)
     if engine.zero_stage == "auto":
-        return 0 if (world == 1 or train.method == "lora") and not engine.offload else 2
+        alone = world == 1 or train.method == "lora" or not train.optimizer.is_sharded
+        return 0 if alone and not engine.offload else 2
     if engine.offload and engine.zero_stage == 0:
         raise UserError(
             "engine.offload needs a sharded optimizer",
@@ -96,7 +100,7 @@ class TrainingEngine:
 
     Args:
         module: Trained in place; its parameters are on the device.
-        train: Learning rates, clipping, weight decay, averaging.
+        train: Optimizer, learning rates, clipping, weight decay, averaging.
         stage: ZeRO stage.
         micro_batches: Batches per step.
         state: What to go on from; `None` starts as the module is.
@@ -123,22 +127,26 @@ class TrainingEngine:
         if state:
             _load_parameters(self._named, state.parameters)  # before DeepSpeed copies them
         groups = module.parameter_groups()
-        lrs = {UNET: train.lr, TEXT_ENCODER: train.text_encoder.lr}
+        text, tokens = train.text_encoder, train.new_tokens
+        lrs = {UNET: train.lr, TEXT_ENCODER: text.lr, NEW_TOKENS: tokens.lr}
+        stops = {TEXT_ENCODER: text.stop_after, NEW_TOKENS: tokens.stop_after}
+        self._groups = list(groups)
         self._lrs = [lrs[name] for name in groups]
-        self._has_text = TEXT_ENCODER in groups
+        self._stops = [stops.get(name) for name in groups]
         self._parameters = [p for parameters in groups.values() for p in parameters]
-        self._adam = torch.optim.AdamW(
-            [{"params": parameters, "lr": lrs[name]} for name, parameters in groups.items()],
-            weight_decay=train.weight_decay,
-            fused=True,
-        )
+        self._moments = MOMENTS.get(train.optimizer.name)
         _describe_group()
         bucket = min(LARGEST_BUCKET, sum(p.numel() for p in self._parameters))
         self._linear = nn.functional.linear
-        self._deepspeed = _deepspeed(self._parameters[0].device.type)
+        self._deepspeed = _deepspeed(self._parameters[0].device.type)  # tells others too to compile nothing
+        self._optimizer = make_optimizer(
+            train.optimizer,
+            [{"params": parameters, "lr": lrs[name]} for name, parameters in groups.items()],
+            train.weight_decay,
+        )
         self._engine, *_ = self._deepspeed.initialize(
             model=module,
-            optimizer=self._adam,
+            optimizer=self._optimizer,
             config={
                 "train_micro_batch_size_per_gpu": 1,
                 "gradient_accumulation_steps": micro_batches,
@@ -150,15 +158,21 @@ class TrainingEngine:
                     **({"offload_optimizer": {"device": "cpu", "pin_memory": True}} if offload else {}),
                 },
                 "zero_force_ds_cpu_optimizer": False,  # its own is compiled, minutes the first time
+                "zero_allow_untested_optimizer": self._moments
+                is not None,  # by DeepSpeed; by our tests it is
                 "timers": {"throughput": {"enabled": False}},  # it waits for the device at every step
                 "steps_per_print": None,
             },
         )
         saved = state.average if state else None
-        self._average = Average(self._named, train.ema_decay, saved) if train.ema_decay else None
+        self._average: Average | ScheduleFreeAverage | None = None
+        if train.optimizer.name == "adamw-schedulefree":
+            self._average = ScheduleFreeAverage(self._optimizer, self._named, saved)
+        elif train.ema_decay:
+            self._average = Average(self._named, train.ema_decay, saved)
         if stage == 0:
             # DeepSpeed's walks the tree of modules: 3 % of a step
-            self._engine.zero_grad = self._adam.zero_grad
+            self._engine.zero_grad = self._optimizer.zero_grad
         if stage == 0 and self._world == 1:
             self._engine.enable_backward_allreduce = False  # it would copy every gradient twice for nothing
 
@@ -172,31 +186,37 @@ class TrainingEngine:
         """
         if self._restore:
             self._restore_moments(self._restore, batches)
-        lrs = [learning_rate(lr, step, self._train) for lr in self._lrs]
-        stop = self._train.text_encoder.stop_after
-        if self._has_text and stop is not None and step >= stop:
-            lrs[-1] = 0.0  # decay is by the rate too, so nothing of it moves any more
+        lrs = [
+            # decay is by the rate too, so nothing of what has stopped moves any more
+            0.0 if stop is not None and step >= stop else learning_rate(lr, step, self._train)
+            for lr, stop in zip(self._lrs, self._stops, strict=True)
+        ]
+        found = self._optimizer.param_groups[0].get("d", 1.0)  # Prodigy's rate, which ours are a part of
         figures = self._update(batches, lrs, wish)
         if self._average is not None:
             self._average.update(step)
-        return StepReport(step + 1, figures, lrs[0], lrs[-1] if self._has_text else None)
+        by_group = {name: found * lr for name, lr in zip(self._groups, lrs, strict=True)}
+        return StepReport(step + 1, figures, by_group[UNET], by_group.get(TEXT_ENCODER))
 
     def state(self, step: int) -> State:
         """Parameters, moments and average, whole and fp32, the same on every rank; valid until the next step."""
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
+        others: Tensors = {}
         if self._stage == 0:
-            adam = self._adam.state
+            held, keys = self._optimizer.state, self._moments or ()
             parameters = {name: p.detach() for name, p in self._named.items()}
-            moments = [{name: adam[p][key] for name, p in self._named.items()} for key in _MOMENTS]
+            moments = [{name: held[p][key] for name, p in self._named.items()} for key in keys]
+            others = remembered(self._optimizer, self._named) if self._moments is None else {}
         else:
             self._link_moments()
             parameters = {name: safe_get_full_fp32_param(p) for name, p in self._named.items()}
             moments = [
                 {name: safe_get_full_optimizer_state(p, key) for name, p in self._named.items()}
-                for key in _MOMENTS
+                for key in self._moments or ()
             ]
-        return State(step, parameters, moments[0], moments[1], self._whole_average())
+        first, second = [*moments, {}, {}][:2]
+        return State(step, parameters, first, second, self._whole_average(), others)
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -228,7 +248,7 @@ class TrainingEngine:
 
     def _update(self, batches: Sequence[PairBatch], lrs: Sequence[float], wish: Wish) -> torch.Tensor:
         """One optimizer step at the given learning rates; returns the figures of a `StepReport`."""
-        for group, lr in zip(self._adam.param_groups, lrs, strict=True):
+        for group, lr in zip(self._optimizer.param_groups, lrs, strict=True):
             group["lr"] = lr
         figures = torch.zeros(6, device=batches[0].latents.device)
         if wish:
@@ -253,10 +273,12 @@ class TrainingEngine:
         The fused optimizer divides by `grad_scale` as it reads a gradient, which saves a pass over all of them.
         """
         norm = nn.utils.get_total_norm(p.grad for p in self._parameters if p.grad is not None)
-        if self._train.max_grad_norm is not None:
+        limit = self._train.max_grad_norm
+        if limit is not None and isinstance(self._optimizer, torch.optim.AdamW):
             # 1e-6 as torch's and DeepSpeed's
-            scale = ((norm + 1e-6) / self._train.max_grad_norm).clamp(min=1.0)
-            self._adam.grad_scale = scale  # type: ignore[attr-defined]
+            self._optimizer.grad_scale = ((norm + 1e-6) / limit).clamp(min=1.0)  # type: ignore[attr-defined]
+        elif limit is not None:
+            nn.utils.clip_grads_with_norm_(self._parameters, limit, norm)
         return norm
 
     def _gathered(self, parameters: Iterable[nn.Parameter]) -> AbstractContextManager[Any]:
@@ -290,15 +312,19 @@ class TrainingEngine:
 
         self._restore = None
         self._update(batches, [0.0] * len(self._lrs), Wish.NONE)
+        if self._moments is None:
+            bring_back(self._optimizer, self._named, state.optimizer)
+            return
         self._link_moments()
-        for key, saved in zip(_MOMENTS, (state.first_moments, state.second_moments), strict=True):
+        for key, saved in zip(self._moments, (state.first_moments, state.second_moments), strict=False):
             for name, p in self._named.items():
                 if self._stage == 0:
-                    self._adam.state[p][key].copy_(saved[name])
+                    self._optimizer.state[p][key].copy_(saved[name])
                 else:
                     safe_set_full_optimizer_state(p, saved[name].to(p.device), key)
-        for kept in self._adam.state.values():
-            kept["step"].fill_(state.step)
+        for kept in self._optimizer.state.values():
+            if "step" in kept:
+                kept["step"].fill_(state.step)
 
 
 def _load_parameters(named: Mapping[str, nn.Parameter], saved: Mapping[str, torch.Tensor]) -> None:

@@ -90,6 +90,36 @@ def _of_all(tokenizers: tuple[Any, ...], wanted: str, class_noun: str) -> Choice
     return Choice(choice.identifier, choice.token_ids, list(dict.fromkeys(told)))
 
 
+def new_identifier(tokenizer: Any, wanted: str, class_noun: str, count: int) -> Choice:
+    """The identifier of a subject that gets tokens of its own: a word in angle brackets, which the base does not have.
+
+    Args:
+        tokenizer: The base's CLIP tokenizer.
+        wanted: `auto`, or the user's own word, with or without brackets; its case is folded as everywhere.
+        class_noun: The subject's class.
+        count: Tokens that the word becomes, numbered on from the tokenizer's last.
+
+    Raises:
+        UserError: The word has other characters than letters, digits, `-` and `_`, or the tokenizer has it already.
+    """
+    warnings = _class_warnings(tokenizer, class_noun)
+    bare = _rare_word(tokenizer, class_noun) if wanted == "auto" else wanted.lower()
+    word = bare if bare.startswith("<") else f"<{bare}>"
+    if not re.fullmatch(r"<[a-z0-9][a-z0-9_-]*>", word):
+        raise UserError(
+            f"the identifier {wanted!r} cannot be a token of its own",
+            "it is letters, digits, - and _ in angle brackets",
+            "write <ohwx>, or subject.identifier: auto",
+        )
+    if word in tokenizer.get_vocab():
+        raise UserError(
+            f"the identifier {wanted!r} cannot be a new token",
+            f"the base has a token {word} already",
+            "take another word, or leave train.new_tokens out to train with that one",
+        )
+    return Choice(word, tuple(range(len(tokenizer), len(tokenizer) + count)), warnings)
+
+
 def token_ids_of(tokenizer: Any, text: str) -> tuple[int, ...]:
     """The token ids of `text` alone, without start and end."""
     return tuple(int(i) for i in tokenizer(text, add_special_tokens=False)["input_ids"])

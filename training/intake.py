@@ -270,6 +270,8 @@ def crops(png: bytes, image_size: int, data: Data) -> list[NDArray[np.uint8]]:
             for side in pixels.shape[:2]
         )
         square = pixels[rows, columns]
+        if data.rotate and number:
+            square = _turned(square, data.rotate, number)
         if data.color and number and square.ndim == 3:
             square = _recoloured(square, data.color, number)
         out += [square, square[:, ::-1]] if data.flip else [square]
@@ -281,6 +283,18 @@ def offsets(spare: int, data: Data) -> list[int]:
     if data.variants == 1:
         return [{"start": 0, "center": spare // 2, "end": spare}[data.crop]]
     return [int(offset) for offset in np.linspace(0, spare, data.variants).round()]
+
+
+def _turned(pixels: NDArray[np.uint8], most: float, number: int) -> NDArray[np.uint8]:
+    """Variant `number` [S, S, ...] turned by up to `most` degrees, and enlarged until the square is full."""
+    angle = np.radians(np.random.Generator(np.random.Philox(key=[number, 1])).uniform(-most, most))
+    scale, middle = 1 / (abs(np.cos(angle)) + abs(np.sin(angle))), len(pixels) / 2
+    cos, sin = float(np.cos(angle) * scale), float(np.sin(angle) * scale)
+    # where each pixel of the turned picture comes from
+    back = (cos, sin, middle - middle * (cos + sin), -sin, cos, middle - middle * (cos - sin))
+    image = Image.fromarray(pixels)
+    turned = image.transform(image.size, Image.Transform.AFFINE, back, Image.Resampling.BICUBIC)
+    return np.asarray(turned)
 
 
 def _recoloured(pixels: NDArray[np.uint8], strength: float, number: int) -> NDArray[np.uint8]:

@@ -37,7 +37,8 @@ class ImageSet:
 def latent_path(base: BaseInfo, images: ImageSet) -> str:
     """Where the latents of a set lie under the root; the same images, crops and VAE give the same place."""
     data = images.data
-    later = set() if data.color else {"color"}  # what came later changes no place where it is not used
+    # what came later changes no place where it is not used
+    later = {name for name in ("color", "rotate") if not getattr(data, name)}
     parts = (LATENT_FORMAT, base.revision, images.key, data.model_dump_json(exclude=later))
     return f"latents/{sha256(repr(parts).encode())[:16]}"
 

@@ -60,6 +60,8 @@ class Lease:
     """[N, 6], of each row of the subject's latents: `Conditioning.sizes`. `None` is pictures of the base's own size."""
     sample_ids: Sequence[Sequence[int]] = ()
     """Token ids of the empty prompt and of each of the sample grid; empty where no grid is drawn."""
+    look_ids: Sequence[Sequence[int]] = ()
+    """Token ids of the empty prompt, of those of `train.stop` and of that of the class; empty without it."""
     until: int | None = None
     """The step after which the run is left, with a checkpoint and a sample grid and without an artifact; another lease
     goes on with it. `None` trains it to its end."""

@@ -12,16 +12,19 @@ from torch import nn
 from cluster.errors import SystemFailure
 from cluster.storage import Storage
 from training import checkpoint
-from training.artifact import artifact_path
+from training.artifact import Identity, artifact_path
 from training.batches import Batches
 from training.checkpoint import ROWS
 from training.conditioning import leave_unread
 from training.dataplan import Role
 from training.engine import TrainingEngine, compute_type, zero_stage
 from training.figures import Figures, Report, rows_kept
+from training.jury import Jury
 from training.lease import Lease
 from training.lora import attach
 from training.module import DreamBoothModule
+from training.new_tokens import grow, started
+from training.patience import Patience
 from training.pipeline import BaseInfo, load_text_encoder, load_unet, open_base
 from training.recipe import Run
 from training.schedule import NoiseSchedule, trained_scheduler
@@ -68,7 +71,8 @@ def train_run(
         world: Ranks.
         report: Takes kind and payload of events: `started {from_step, pid, workers, zero_stage}`, `steps [row...]`,
             `validation {step, loss, loss_subject, loss_class}`, `sample {step, path}`,
-            `checkpoint {step, why, seconds}`, `note {text}`. Those of rank 0 are the run's.
+            `score {step, score, dino, clip_t, drift}`, `checkpoint {step, why, seconds}`, `note {text}`. Those of
+            rank 0 are the run's.
         wish: What this rank wishes; polled once per step.
 
     Returns:
@@ -92,11 +96,18 @@ def train_run(
     images = partial(image_names, lease, batches)
     figures = Figures(report if rank == 0 else None, world, images, base.device)
     figures.go_on(rows_kept(storage, f"{lease.run_path}/{ROWS}", start) if rank == 0 else [])
-    services = Services(lease, storage, base.info, base.text_encoder, engine, batches, figures, stage, report)
+    jury, patience = _judged(lease, storage, base, batches, start)
+    services = Services(
+        lease, storage, base.info, base.text_encoder, engine, batches, figures, stage, report, jury, patience
+    )
     report("started", {"from_step": start, "pid": os.getpid(), "workers": world, "zero_stage": stage})
     last = run.train.steps if lease.until is None else min(lease.until, run.train.steps)
     try:
+        services.catch_up(start)
         for step in range(start, last):
+            if services.over:
+                last = step
+                break
             asked = figures.take(engine.step(step, list(batches.of_step(step)), wish()))
             if step + 1 < last:
                 asked = services.after(step + 1, asked)
@@ -104,7 +115,7 @@ def train_run(
                     raise Dropped(step + 1)
                 if asked is Wish.LEAVE:
                     return None
-        return services.finish() if lease.until is None else services.pause(last, trained=start < last)
+        return services.finish(last) if lease.until is None else services.pause(last, trained=start < last)
     finally:
         engine.close()
 
@@ -132,6 +143,13 @@ def build_module(base: ResidentBase, run: Run, lease: Lease, stage: int) -> Drea
         unet.requires_grad_(True)
         text_encoder.requires_grad_(train.text_encoder.train)
     leave_unread(text_encoder)
+    pristine = base.text_encoder
+    if train.new_tokens.count:
+        identity = Identity.from_json(lease.identity)
+        start = started(pristine, identity.identifier, identity.initializer_ids, train.new_tokens.count)
+        grow(text_encoder, start)
+        _, pristine = base.fresh(share=True)  # prompts name the subject, so what the base says wants them too
+        grow(pristine, start)
     prompts = torch.tensor(lease.prompts, device=base.device)
     taught = run.prior.target == "base" and run.prior.weight > 0
     module = DreamBoothModule(
@@ -142,7 +160,7 @@ def build_module(base: ResidentBase, run: Run, lease: Lease, stage: int) -> Drea
         run.prior.weight,
         compute_type(run.engine, base.device),
         train.objective,
-        Teacher.of(base.unet, base.text_encoder, prompts) if taught or train.objective.mask_prior else None,
+        Teacher.of(base.unet, pristine, prompts) if taught or train.objective.mask_prior else None,
         taught,
     ).train()
     if run.engine.gradient_checkpointing:
@@ -165,6 +183,17 @@ def _agreed_state(storage: Storage, lease: Lease, rank: int, report: Report) -> 
             # no end of the run, as rank 0 could read it: this worker dies and the gang starts again
             raise OSError(str(error)) from error
     return state
+
+
+def _judged(
+    lease: Lease, storage: Storage, base: ResidentBase, batches: Batches, start: int
+) -> tuple[Jury | None, Patience | None]:
+    """Who looks at the run's drawings, and what was found up to `start`; nobody where all steps are trained."""
+    stop = lease.recipe.train.stop
+    if stop is None:
+        return None, None
+    jury = Jury(lease, stop, base.info, base.unet, base.text_encoder, batches)
+    return jury, Patience(stop, checkpoint.looks(storage, lease.run_path, start) if start else ())
 
 
 def image_names(lease: Lease, batches: Batches, step: int) -> str:

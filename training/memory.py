@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from training.engine import LARGEST_BUCKET, zero_stage
 from training.module import DreamBoothModule
 from training.objective import PairBatch
+from training.optimizer_settings import state_bytes
 from training.pipeline import BaseInfo, decode_latents, empty_vae
 from training.recipe import Run
 from training.schedule import NoiseSchedule
@@ -72,7 +73,7 @@ def estimate(base: BaseInfo, run: Run, device: str, world: int) -> MemoryEstimat
     """
     shapes = trained_shapes(base, run.train)
     sizes = _Sizes.of(shapes, run, zero_stage(run.engine, run.train, world), world)
-    draws = 0 < run.validate_.every < run.train.steps and run.validate_.prompts
+    draws = run.train.stop or (0 < run.validate_.every < run.train.steps and run.validate_.prompts)
     vae, drawing = _drawing(base) if draws else (0, 0)
     live = _live_in_step(base, run, device, world, shapes)
     lasting, offloaded = sizes.optimizer(device)
@@ -111,6 +112,8 @@ class _Sizes:
     module: int
     """All that the module holds, frozen parameters too."""
     trained: int
+    state: int
+    """Of the optimizer, for all that is trained."""
 
     @classmethod
     def of(cls, shapes: tuple[nn.Module, nn.Module], run: Run, stage: int, world: int) -> "_Sizes":
@@ -119,7 +122,9 @@ class _Sizes:
         held = [count(part, trained=False) for part in shapes]
         module = sum(held) if count(shapes[1]) else held[0]  # an encoder that is not trained is left out
         base = sum(held) - (trained if run.train.method == "lora" else 0)
-        return cls(run, stage, world, base * FP32, module * FP32, trained * FP32)
+        tensors = [p.shape for part in shapes for p in part.parameters() if p.requires_grad]
+        state = state_bytes(run.train.optimizer, tensors)
+        return cls(run, stage, world, base * FP32, module * FP32, trained * FP32, state)
 
     @property
     def shard(self) -> int:
@@ -145,11 +150,11 @@ class _Sizes:
         masters = self.shard if self.stage in (1, 2) or offload else 0  # stage 3 updates its part in place
         staging = 2 * self.shard if offload else 0  # of the masters on their way back, and of their gradients
         buffers = self.bucket + self.shard if self.stage == 3 else 0  # of gradients, kept from step to step
-        movable = masters + 2 * self.shard + staging
+        movable = masters + self.state * self.shard // self.trained + staging
         return (buffers, movable) if offload and device != "cpu" else (buffers + movable, 0)
 
-    def moments(self, live: _Peaks) -> tuple[int, int, int]:
-        """What is needed beyond what lasts at the moments that may be the worst: backward, reduction, checkpoint."""
+    def moments(self, live: _Peaks) -> tuple[int, int, int, int]:
+        """What is needed beyond what lasts at what may be the worst: backward, reduction, update, checkpoint."""
         accumulates = self.run.train.accumulation > 1
         if self.stage < 2:
             backward = live.alone + self.trained if accumulates else live.with_gradients
@@ -160,8 +165,12 @@ class _Sizes:
             backward, reduction = live.alone + self.bucket + kept, 2 * self.bucket + kept
         else:  # parameters stay gathered from their first use until the backward pass is through
             backward, reduction = live.alone + self.module, self.module + self.bucket
-        saves = self.stage > 0 and self.run.train.steps > self.run.checkpoint.every
-        return backward, reduction, 3 * self.trained if saves else 0
+        saves, copies = self.run.train.steps > self.run.checkpoint.every, 3 if self.stage > 0 else 0
+        update = 0
+        if self.run.train.optimizer.name == "adamw-schedulefree":
+            # gradients and what they are divided by; the average, and what stands in its place for so long
+            update, copies = 2 * self.trained, 2
+        return backward, reduction, update, copies * self.trained if saves else 0
 
 
 def _live_in_step(

@@ -7,6 +7,7 @@ B rows, K prompts, C latent channels, H W latent size, L token ids of a prompt.
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from typing import cast
 
 import torch
 from torch import nn
@@ -14,12 +15,13 @@ from torch import nn
 from training.conditioning import Conditioning, encode_text, predict
 from training.criterion import Criterion
 from training.dataplan import Role
+from training.new_tokens import learned
 from training.objective import PairBatch, dreambooth_loss
 from training.objective_settings import Objective
 from training.schedule import NoiseSchedule
 from training.teacher import Teacher
 
-UNET, TEXT_ENCODER = "unet", "text_encoder"
+UNET, TEXT_ENCODER, NEW_TOKENS = "unet", "text_encoder", "new_tokens"
 
 
 class DreamBoothModule(nn.Module):
@@ -76,6 +78,10 @@ class DreamBoothModule(nn.Module):
         groups = {
             name: [p for p in part.parameters() if p.requires_grad] for name, part in parts.items() if part
         }
+        if self.text_encoder is not None and (tokens := learned(self.text_encoder)):
+            own = tokens.embeddings
+            groups[TEXT_ENCODER] = [p for p in groups[TEXT_ENCODER] if p is not own]
+            groups[NEW_TOKENS] = [cast(nn.Parameter, own)]
         return {name: parameters for name, parameters in groups.items() if parameters}
 
     def recompute_activations(self) -> None:

@@ -16,14 +16,18 @@ class Objective(Section):
     """Of `min_snr`: ratios above count as this one."""
     p2_gamma: float = Field(default=1.0, gt=0, le=10)
     """Of `p2`: how much less a row counts the less noise it has."""
-    loss: Literal["mse", "huber", "smooth_l1"] = "mse"
-    """Of a difference: its square, or one that grows linearly where it is large."""
+    loss: Literal["mse", "l1", "huber", "smooth_l1", "log_cosh"] = "mse"
+    """Of a difference: its square, its absolute value, or what grows linearly where it is large."""
     huber_c: float = Field(default=0.1, gt=0, le=1)
     """Of `huber` and `smooth_l1`: from about where on they are linear, at the least."""
     huber_schedule: Literal["constant", "exponential", "snr"] = "snr"
     """How that point moves with the timestep: not, from 1 down to `huber_c`, or likewise by the noise level."""
     offset_noise: float = Field(default=0.0, ge=0, le=1)
     """Standard deviation of noise that is one number for a whole channel, so that brightness is learnt; 0 is off."""
+    multires_noise_iterations: int = Field(default=0, ge=0, le=10)
+    """Noise of this many coarser resolutions is added, so that large shapes are learnt; 0 is off."""
+    multires_noise_discount: float = Field(default=0.3, gt=0, le=1)
+    """How strong each of them is, as a share of the one before."""
     input_perturbation: float = Field(default=0.0, ge=0, le=1)
     """Standard deviation of noise that the model sees and is not asked for, relative to what it is; 0 is off."""
     zero_terminal_snr: bool = False
@@ -45,8 +49,9 @@ class Objective(Section):
             "mask_prior": ("mask", self.mask != "none"),
             "snr_gamma": ("weighting", self.weighting == "min_snr"),
             "p2_gamma": ("weighting", self.weighting == "p2"),
-            "huber_c": ("loss", self.loss != "mse"),
-            "huber_schedule": ("loss", self.loss != "mse"),
+            "huber_c": ("loss", self.loss in ("huber", "smooth_l1")),
+            "huber_schedule": ("loss", self.loss in ("huber", "smooth_l1")),
+            "multires_noise_discount": ("multires_noise_iterations", self.multires_noise_iterations > 0),
         }
         for name, (owner, used) in owners.items():
             if not used and getattr(self, name) != type(self).model_fields[name].default:

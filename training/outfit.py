@@ -18,8 +18,9 @@ from cluster.errors import SystemFailure, UserError
 from training.lora import CHANGED, LayerFactors, read_lora
 from training.lora import FILE as LORA_FILE
 from training.lora_algebra import merged
+from training.new_tokens import NewTokens, read_tokens
 from training.objective_settings import Objective
-from training.pipeline import BaseInfo, read_weights
+from training.pipeline import EMBEDDING, BaseInfo, read_weights
 from training.row_linear import Adapter, Factors
 from training.schedule import trained_scheduler
 
@@ -38,6 +39,8 @@ class Outfit:
     """Of each text encoder, by its part."""
     weights: Weights = field(default_factory=dict)
     """Whole parameters in place of the base's; only rows that have the same ones share a forward pass."""
+    tokens: NewTokens | None = None
+    """What its text encoder knows beyond the base's tokens."""
     scheduler: Mapping[str, Any] | None = None
     """The scheduler config that it was trained with; `None` is the base's."""
 
@@ -45,7 +48,8 @@ class Outfit:
     def nbytes(self) -> int:
         """Memory that it takes."""
         factors = (f.nbytes for adapter in (self.unet, *self.text.values()) for f in adapter.values())
-        return sum(factors) + sum(t.nbytes for t in self.weights.values())
+        tokens = self.tokens.embeddings.nbytes if self.tokens else 0
+        return sum(factors) + sum(t.nbytes for t in self.weights.values()) + tokens
 
 
 PLAIN = Outfit()
@@ -75,9 +79,13 @@ def read_outfit(
             f"from revision {trained_from}, and {base.model} is {base.revision}",
             "draw it with the base it was trained from",
         )
-    scheduler = _scheduler(base, manifest or {})
+    scheduler, tokens = _scheduler(base, manifest or {}), read_tokens(folder)
+    if tokens and tokens.embeddings.shape[1:] != pristine[EMBEDDING].shape[1:]:
+        there = tuple(pristine[EMBEDDING].shape)
+        seen = f"new tokens {tuple(tokens.embeddings.shape)} for an embedding {there}"
+        raise SystemFailure(f"{folder} does not fit the base", seen)
     if (folder / LORA_FILE).is_file():
-        return replace(_of_lora(models, pristine, folder), scheduler=scheduler)
+        return replace(_of_lora(models, pristine, folder), scheduler=scheduler, tokens=tokens)
     if (folder / CHANGED).is_file():
         whole = {**{name: value.cpu() for name, value in pristine.items()}, **load_file(folder / CHANGED)}
     else:
@@ -93,6 +101,7 @@ def read_outfit(
         weights={
             name: value for name, value in whole.items() if not torch.equal(value, pristine[name].cpu())
         },
+        tokens=tokens,
         scheduler=scheduler,
     )
 

@@ -8,6 +8,8 @@ B batch, L tokens, C latent channels, H W latent size.
 
 import importlib.resources
 import json
+import logging
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,14 +25,16 @@ from cluster.errors import UserError
 from training.basefolder import locate, part_config, read_json, used_files
 from training.basekind import CLIP, BaseKind, check_widths, kind_of
 from training.conditioning import SILENT, TwinEncoder, text_parts, trained_parts
+from training.new_tokens import learned, read_tokens, whole_state
 from training.schedule import NoiseSchedule
 
 if TYPE_CHECKING:
     from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
 _BOX = "pocket"  # the one base that ships with raybooth
+EMBEDDING = "text_encoder.embeddings.token_embedding.weight"
 _TEXT_PREFIX = (
-    "text_model."  # that transformers before 5 needs before a `CLIPTextModel`'s names, later ones drop
+    "text_model."  # before a `CLIPTextModel`'s names: transformers before 5 need it, later ones drop it
 )
 _LOADING: dict[str, Any] = {"use_safetensors": True, "local_files_only": True, "torch_dtype": torch.float32}
 
@@ -133,13 +137,16 @@ def load_tokenizer(base: BaseInfo) -> "CLIPTokenizer | tuple[CLIPTokenizer, ...]
     return found if len(found) > 1 else found[0]
 
 
-def token_ids(tokenizer: Any, prompts: Sequence[str], limit: int) -> torch.Tensor:
+def token_ids(
+    tokenizer: Any, prompts: Sequence[str], limit: int, words: Mapping[str, Sequence[int]] = {}
+) -> torch.Tensor:
     """Token ids of prompts, padded to `limit` as the base's pipeline pads.
 
     Args:
         tokenizer: Of `load_tokenizer`.
         prompts: B prompts.
         limit: L, the base's `token_limit`.
+        words: Those that the tokenizer does not have, in lower case, and the ids that each stands for.
 
     Returns:
         [B, L] int64; [B, n L] of n tokenizers, one after the other.
@@ -148,8 +155,9 @@ def token_ids(tokenizer: Any, prompts: Sequence[str], limit: int) -> torch.Tenso
         UserError: A prompt has more tokens than `limit`; it would be cut in silence.
     """
     if isinstance(tokenizer, tuple):
-        return torch.cat([token_ids(each, prompts, limit) for each in tokenizer], dim=1)
+        return torch.cat([token_ids(each, prompts, limit, words) for each in tokenizer], dim=1)
     rows = tokenizer(list(prompts), padding="max_length", max_length=limit, truncation=False).input_ids
+    rows = [_with_words(tokenizer, *row, limit, words) for row in zip(prompts, rows, strict=True)]
     for prompt, row in zip(prompts, rows, strict=True):
         if len(row) > limit:
             raise UserError(
@@ -165,6 +173,22 @@ def unsaid_ids(base: BaseInfo, tokenizer: Any) -> torch.Tensor:
     if base.silent:
         return torch.full((1, base.prompt_ids), SILENT)
     return token_ids(tokenizer, [""], base.token_limit)
+
+
+def _with_words(
+    tokenizer: Any, prompt: str, row: list[int], limit: int, words: Mapping[str, Sequence[int]]
+) -> list[int]:
+    """The ids of a prompt as the tokenizer would give them if it had the words; `row` is without."""
+    parts = re.split(f"({'|'.join(map(re.escape, words))})", prompt.lower()) if words else [prompt]
+    if len(parts) == 1:
+        return row
+    inside = [
+        i
+        for p in parts
+        for i in (words[p] if p in words else tokenizer(p, add_special_tokens=False).input_ids)
+    ]
+    whole = [tokenizer.bos_token_id, *inside, tokenizer.eos_token_id]
+    return whole + [tokenizer.pad_token_id] * (limit - len(whole))
 
 
 def load_unet(base: BaseInfo) -> nn.Module:
@@ -236,6 +260,7 @@ def decode_latents(vae: nn.Module, latents: torch.Tensor, scaling_factor: float)
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     """What `save_pipeline` wrote of the trained models: their parameters by `PART.NAME`.
 
+    New tokens are left out of the embedding, whose rows are then those of the base.
     The libraries' own loaders patch torch for all threads while they load; this may run beside a model at work.
     """
     found: dict[str, torch.Tensor] = {}
@@ -244,6 +269,8 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     for part in ("unet", *kind.texts):
         for name, value in load_file(folder / _weights_file(kind, part)).items():
             found[f"{part}.{name.removeprefix(prefixes.get(part, ''))}"] = value
+    if tokens := read_tokens(folder):
+        found[EMBEDDING] = found[EMBEDDING][: -len(tokens.embeddings)]
     return found
 
 
@@ -253,7 +280,7 @@ def save_pipeline(base: BaseInfo, unet: nn.Module, text_encoder: nn.Module, fold
     Args:
         base: Gives everything that is not trained.
         unet: Trained, with whole fp32 parameters.
-        text_encoder: Trained or as it was.
+        text_encoder: Trained or as it was; new tokens that it knows are the tokenizer's too.
         folder: Where to; made if it is not there.
     """
     # The libraries' `save_pretrained` imports DeepSpeed to ask whether the model is an engine.
@@ -261,7 +288,7 @@ def save_pipeline(base: BaseInfo, unet: nn.Module, text_encoder: nn.Module, fold
     prefixes = {part: _prefix(named) for part, named in kind.encoders}
     weights = {
         _weights_file(kind, part): {
-            f"{prefixes.get(part, '')}{name}": value for name, value in model.state_dict().items()
+            f"{prefixes.get(part, '')}{name}": value for name, value in whole_state(model).items()
         }
         for part, model in trained_parts(unet, text_encoder).items()
     }
@@ -271,8 +298,11 @@ def save_pipeline(base: BaseInfo, unet: nn.Module, text_encoder: nn.Module, fold
         if (file.suffix == ".json" and ".index." not in file.name) or name.parts[0] in whole_folders:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, folder / name)
-    for part in text_parts(text_encoder):
+    for part, model in text_parts(text_encoder).items():
         config = _fp32(part_settings(base, part))
+        if tokens := learned(model):
+            config["vocab_size"] += len(tokens.embeddings)
+            _add_to_tokenizer(base, tokens.names, folder / "tokenizer")
         (folder / part / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     for path, tensors in weights.items():
         whole = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
@@ -280,6 +310,15 @@ def save_pipeline(base: BaseInfo, unet: nn.Module, text_encoder: nn.Module, fold
     index = read_json(base.path / "model_index.json", base.model)
     index |= kind.index
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _add_to_tokenizer(base: BaseInfo, names: Sequence[str], folder: Path) -> None:
+    """Have a copy of the base's tokenizer know further tokens, in either of the forms in which it is read."""
+    tokenizer = cast(Any, load_tokenizer(base))  # one: a base with several has no new tokens
+    added = {name: len(tokenizer) + number for number, name in enumerate(names)}
+    tokenizer.add_tokens(list(names))
+    (folder / "tokenizer.json").write_text(tokenizer.backend_tokenizer.to_str(pretty=True) + "\n")
+    (folder / "added_tokens.json").write_text(json.dumps(added, indent=2) + "\n")
 
 
 def part_settings(base: BaseInfo, part: str) -> dict[str, Any]:
@@ -322,6 +361,10 @@ def _frozen(model: Any) -> nn.Module:
 
 
 # Models are imported where they are used: a driver needs none of them, and they cost it 5 CPU seconds.
+
+
+# Which diffusers imports where it is installed: it tells of kernels that it has not, for layers that we have not.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def _vae_class() -> Any:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from cluster.errors import UserError
 
 TEMPLATE = "a {identifier} {class}"
+CLASS_PROMPT = "a photo of a {class}"  # what tells whether a class is what it was
 
 _SLOT = re.compile(r"(?:\b(a|an|the|my|your|his|her|our|their|this|that)(\s+))?\{(\w+)\}", re.IGNORECASE)
 _ARTICLE = re.compile(r"(?:a|an|the)\s+", re.IGNORECASE)
@@ -40,6 +41,11 @@ def render_prompt(prompt: str, class_noun: str, identifier: str | None, template
             "there is no subject to put into the prompt", repr(prompt), "say {class} or name the thing itself"
         )
     return _fill(prompt, phrases)
+
+
+def without_subject(prompt: str) -> str:
+    """The prompt with `{class}` alone where it names the subject: what CLIP reads, which knows no identifier."""
+    return render_prompt(prompt.replace("{identifier} ", ""), "{class}", "", "a {class}")
 
 
 def _fill(text: str, phrases: Mapping[str, str]) -> str:

@@ -9,7 +9,9 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from training.objective_settings import Objective
+from training.optimizer_settings import Optimizer
 from training.section import Section
+from training.stop_settings import Stop
 
 Method = Literal["lora", "full"]
 SamplerName = Literal["ddim", "ddpm", "euler", "euler-a", "plms", "dpm++2m", "unipc", "lcm"]
@@ -101,14 +103,17 @@ class Data(Section):
     color: float = Field(default=0.0, ge=0, le=0.5)
     """How much brightness, contrast and saturation of the variants differ; the first stays as it is. Off: a subject's
     colours are its own."""
+    rotate: float = Field(default=0.0, ge=0, le=45)
+    """How many degrees variants are turned at most, enlarged so that no corner is empty; the first stays as it is."""
     holdout: int = Field(default=0, ge=0, le=1000)
     """Photos kept from training, the last ones in order: the validation loss is theirs. 0 takes it on the photos that
     are trained, with noise that is not."""
 
     @model_validator(mode="after")
     def _takes_effect(self) -> "Data":
-        if self.color and self.variants == 1:
-            raise ValueError("`color` takes no effect with variants: 1; set variants, or leave it out")
+        for name in ("color", "rotate"):
+            if getattr(self, name) and self.variants == 1:
+                raise ValueError(f"`{name}` takes no effect with variants: 1; set variants, or leave it out")
         return self
 
     @property
@@ -126,6 +131,26 @@ class TextEncoder(Section):
     """Its own learning rate."""
     stop_after: int | None = Field(default=None, ge=1)
     """Step after which it stays as it is; `null` trains it to the end."""
+
+
+class NewTokens(Section):
+    """Tokens of the subject's own (pivotal tuning): embeddings that are learnt beside the weights."""
+
+    count: int = Field(default=0, ge=0, le=8)
+    """How many the identifier becomes, 1 or 2 as a rule; 0 takes a word that the base has."""
+    lr: float = Field(default=5e-4, gt=0, le=1.0)
+    """Learning rate of their embeddings."""
+    stop_after: int | None = Field(default=None, ge=1)
+    """Step after which they stay as they are; `null` trains them to the end."""
+    initializer: str | None = Field(default=None, min_length=1, max_length=64)
+    """Word whose embedding they start as; `null` is the class noun."""
+
+    @model_validator(mode="after")
+    def _takes_effect(self) -> "NewTokens":
+        for name in () if self.count else ("lr", "stop_after", "initializer"):
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"`{name}` takes no effect with count: 0; set count, or leave it out")
+        return self
 
 
 class Lora(Section):
@@ -170,7 +195,7 @@ class Train(Section):
     max_grad_norm: float | None = Field(default=1.0, gt=0)
     """Gradients are clipped to this global norm; `null` is off."""
     weight_decay: float = Field(default=1e-2, ge=0)
-    """AdamW's decoupled weight decay."""
+    """Decoupled weight decay."""
     warmup_steps: int = Field(default=0, ge=0)
     """Steps over which the learning rates rise linearly from 0."""
     lr_scheduler: LrScheduler = "constant"
@@ -181,6 +206,8 @@ class Train(Section):
     load_best_at_end: bool = False
     """Publish the weights of the checkpoint with the lowest validation loss instead of the last ones, should those be
     worse."""
+    stop: Stop | None = None
+    """When the run ends before `steps`, because its drawings gain no more; `null` trains all steps."""
     seed: int = Field(default=0, ge=0, lt=2**31)
     """Seed of the order of images, the noise and the timesteps."""
     prompt: str = "a photo of {subject}"
@@ -192,10 +219,14 @@ class Train(Section):
     follows `prompt`."""
     text_encoder: TextEncoder = TextEncoder()
     """The text encoder's part."""
+    new_tokens: NewTokens = NewTokens()
+    """Tokens of the subject's own."""
     lora: Lora = Lora()
     """Adapters of method `lora`."""
     objective: Objective = Objective()
     """The loss and the noise."""
+    optimizer: Optimizer = Optimizer()
+    """What makes an update of a gradient."""
 
 
 class Engine(Section):

@@ -16,8 +16,10 @@ from training.conditioning import Conditioning, encode_text, predict, whole_fram
 from training.denoising import MEMORY, advance
 from training.engine import TrainingEngine
 from training.lease import Lease
+from training.module import DreamBoothModule
 from training.pipeline import BaseInfo, load_vae
-from training.png import encode_png, grid
+from training.png import Pixels, encode_png, grid
+from training.recipe import Validate
 from training.request import FORWARD_ROWS
 from training.samplers import sampler_table
 from training.schedule import NoiseSchedule, trained_scheduler
@@ -32,12 +34,23 @@ class Samples:
         base: What it is trained from.
         text_encoder: The base's, which encodes prompts where the run does not train one.
         batches: Tell the rank, the world and the device.
+        wanted: What is drawn; `None` is the sample grid of the recipe.
+        ids: Token ids of the prompts of `wanted`, the empty one first; `None` are the lease's `sample_ids`.
     """
 
-    def __init__(self, lease: Lease, base: BaseInfo, text_encoder: nn.Module, batches: Batches) -> None:
-        self._wanted, self._base, self._text_encoder = lease.recipe.validate_, base, text_encoder
+    def __init__(
+        self,
+        lease: Lease,
+        base: BaseInfo,
+        text_encoder: nn.Module,
+        batches: Batches,
+        wanted: Validate | None = None,
+        ids: Sequence[Sequence[int]] | None = None,
+    ) -> None:
+        self._wanted = wanted or lease.recipe.validate_
+        self._base, self._text_encoder = base, text_encoder
         self._rank, self._world, self._device = batches.rank, batches.world, batches.device
-        self._ids = torch.tensor(lease.sample_ids, device=self._device)
+        self._ids = torch.tensor(ids or lease.sample_ids, device=self._device)
         scheduler = trained_scheduler(base.scheduler, lease.recipe.train.objective)
         self._table = sampler_table("ddim", self._wanted.steps, scheduler)
         self._schedule = NoiseSchedule.from_config(scheduler)
@@ -46,21 +59,34 @@ class Samples:
 
     def draw(self, engine: TrainingEngine) -> bytes | None:
         """The grid of the weights that would be published, as PNG bytes on rank 0; all ranks call this together."""
-        with engine.evaluating():
-            latents = self._latents(engine)
-            if self._rank:
-                return None
-            self._vae = self._vae or load_vae(self._base).to(self._device)
-            images = [pixels(self._vae, row, self._base.scaling_factor) for row in latents]
-        return encode_png(grid(images, columns=self._wanted.num_images), None)
+        images = self.images(engine)
+        return encode_png(grid(images, columns=self._wanted.num_images), None) if images else None
 
-    def _latents(self, engine: TrainingEngine) -> torch.Tensor:
+    def images(self, engine: TrainingEngine) -> list[Pixels] | None:
+        """What the grid is made of, row by row, [H, W, 3] uint8 each."""
+        with engine.evaluating():
+            return self._decoded(self._latents(engine.module, engine.module.unet))
+
+    def of_base(self, unet: nn.Module, engine: TrainingEngine) -> list[Pixels] | None:
+        """The same by the pristine base, which `unet` and the text encoder are of, as the engine computes."""
+        with torch.no_grad():
+            return self._decoded(self._latents(engine.module, unet, self._text_encoder))
+
+    def _decoded(self, latents: torch.Tensor) -> list[Pixels] | None:
+        if self._rank:
+            return None
+        self._vae = self._vae or load_vae(self._base).to(self._device)
+        return [pixels(self._vae, row, self._base.scaling_factor) for row in latents]
+
+    def _latents(
+        self, module: DreamBoothModule, unet: nn.Module, text_encoder: nn.Module | None = None
+    ) -> torch.Tensor:
         """Clean latents [cells, C, h, w] of the whole grid, row by row, on every rank.
 
         Each rank draws a part. It goes through as many forward passes as the others, because with ZeRO-3 they gather
         weights from all.
         """
-        text = encode_text(engine.module.text_encoder or self._text_encoder, self._ids)
+        text = encode_text(text_encoder or module.text_encoder or self._text_encoder, self._ids)
         if self._base.kind.sized:
             frame = torch.tensor([whole_frame(self._base.image_size, self._base.image_size)] * len(text))
             text = text.of_sizes(frame.float().to(self._device))
@@ -74,7 +100,7 @@ class Samples:
         for number, scale in enumerate(scales):
             for start in range(0, each, width):
                 chunk = mine[start : start + width]
-                drawn = self._denoise(engine, text, chunk or cells[:1], scale)
+                drawn = self._denoise(module, unet, text, chunk or cells[:1], scale)
                 for (prompt, seed), row in zip(chunk, drawn, strict=False):
                     canvas[prompt, number, seed] = row
         if self._world > 1:
@@ -82,7 +108,12 @@ class Samples:
         return canvas.flatten(0, 2)
 
     def _denoise(
-        self, engine: TrainingEngine, text: Conditioning, cells: Sequence[tuple[int, int]], scale: float
+        self,
+        module: DreamBoothModule,
+        unet: nn.Module,
+        text: Conditioning,
+        cells: Sequence[tuple[int, int]],
+        scale: float,
     ) -> torch.Tensor:
         """Clean latents [n, C, h, w] of n cells (prompt, seed); `text` is of the prompts, the empty one first."""
         noise = [torch.randn(self._shape, generator=torch.Generator().manual_seed(seed)) for _, seed in cells]
@@ -96,8 +127,8 @@ class Samples:
         ):
             rows = torch.cat([x, x]) if guided else x
             timesteps = torch.full((len(rows),), int(t), device=self._device)
-            with engine.module.computing(self._device):
-                output = predict(engine.module.unet, rows, timesteps, states).float()
+            with module.computing(self._device):
+                output = predict(unet, rows, timesteps, states).float()
             if guided:
                 without, conditioned = output.chunk(2)
                 output = without + scale * (conditioned - without)

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from torch import nn
@@ -18,7 +19,9 @@ from training.batches import Batches
 from training.checkpoint import ROWS, Tensors
 from training.engine import TrainingEngine
 from training.figures import Figures, Report
+from training.jury import Jury
 from training.lease import Lease
+from training.patience import Patience
 from training.pipeline import BaseInfo
 from training.recipe import Run
 from training.samples import Samples
@@ -42,6 +45,10 @@ class Services:
     figures: Figures
     zero_stage: int
     report: Report
+    jury: Jury | None = None
+    """Looks at what the run draws, where it ends when that gains no more."""
+    patience: Patience | None = None
+    """What the jury found so far."""
     run: Run = field(init=False)
     samples: Samples | None = field(init=False)
 
@@ -54,31 +61,50 @@ class Services:
         """What is due after `step` steps, or asked for by a rank; returns what is asked for, heard meanwhile too."""
         every = self.run.validate_.every
         scheduled, sampled = step % self.run.checkpoint.every == 0, every > 0 and step % every == 0
-        if not (scheduled or sampled or asked):
+        looked = self._is_look(step)
+        if not (scheduled or sampled or looked or asked):
             return asked
         asked = max(asked, self.figures.settle())
         if asked is Wish.DROP:
             return asked
-        loss = self._validate(step) if every and (scheduled or sampled) else None
-        if scheduled or asked:
+        loss = self._validate(step) if every and (scheduled or sampled or looked) else None
+        if looked and asked is not Wish.LEAVE:  # who leaves has little time: `catch_up` looks after it
+            self._look(step, loss)
+        if scheduled or looked or asked:
             # one that was only asked for is no candidate for the best: which one is must not depend on who asked
             self._save(step, _WHY[asked], loss.loss if loss and scheduled else None)
-        if sampled and asked is not Wish.LEAVE:  # who leaves has little time
+        if sampled and asked is not Wish.LEAVE:
             self._sample(step)
         self.figures.rest()
         return asked
 
-    def finish(self) -> dict[str, float]:
-        """Publish the run; returns the metrics of its artifact."""
+    def catch_up(self, step: int) -> None:
+        """Look at the drawings of `step` if that was due when the run was left there."""
+        if self.patience and step and self._is_look(step) and not self.patience.has(step):
+            self._look(step, self._validate(step) if self.run.validate_.every else None)
+
+    @property
+    def over(self) -> bool:
+        """Whether the run is to end although it has steps left; every rank says the same."""
+        return self.patience is not None and self.patience.over
+
+    def finish(self, step: int) -> dict[str, float]:
+        """Publish the run after `step` steps; returns the metrics of its artifact."""
         self.figures.settle()
-        metrics, steps, best = self.figures.final(), self.run.train.steps, None
-        if self.run.validate_.every:
-            metrics["validation_loss"] = self._validate(steps).loss
-            if self.run.train.load_best_at_end and self._leads:
-                best = self._best(metrics["validation_loss"])
-        if best is not None:
-            metrics |= {"validation_loss": best[0], "best_step": best[1].step}
-        self._publish(metrics, best[1].weights if best else None)
+        metrics, state = self.figures.final(), None
+        loss = self._validate(step) if self.run.validate_.every else None
+        if loss:
+            metrics["validation_loss"] = loss.loss
+        if self.patience:
+            if not self.patience.has(step):
+                self._look(step, loss)
+            state = self._most_gained(step, metrics) if self._leads else None
+        elif loss and self.run.train.load_best_at_end and self._leads:
+            best = self._best(loss.loss)
+            if best is not None:
+                metrics |= {"validation_loss": best[0], "best_step": best[1].step}
+                state = best[1]
+        self._publish(metrics, state.weights if state else None)
         return metrics
 
     def pause(self, step: int, trained: bool) -> dict[str, float]:
@@ -101,6 +127,35 @@ class Services:
         self.report("validation", {"step": step, **loss.as_json()})
         return loss
 
+    def _is_look(self, step: int) -> bool:
+        stop = self.run.train.stop
+        return self.jury is not None and stop is not None and step % stop.every == 0
+
+    def _look(self, step: int, loss: ValidationLoss | None) -> None:
+        assert self.jury is not None and self.patience is not None
+        look = self.jury.look(self.engine, step, loss.loss if loss else None)
+        self.patience.add(look)
+        self.report("score", {key: value for key, value in look.as_json().items() if key != "loss"})
+
+    def _most_gained(self, step: int, metrics: dict[str, float]) -> checkpoint.State | None:
+        """The state to publish, `None` for the last one, and in the metrics what was found of it."""
+        assert self.patience is not None and self.patience.best is not None
+        best, saved = self.patience.best, self.run.train.steps - step
+        state = None
+        if best.step != step:
+            try:
+                state = checkpoint.load(self.storage, self.lease.run_path, best.step, self.lease.fingerprint)
+            except SystemFailure as error:  # the last state is nearly as good
+                self.report("note", {"text": f"the weights of step {best.step} are not to be had: {error}"})
+                best = self.patience.looks[-1]
+        metrics |= {"score": best.score, "best_step": best.step, "steps_saved": saved}
+        if best.loss is not None:
+            metrics["validation_loss"] = best.loss
+        if saved:
+            told = f"its drawings gain no more: ended after step {step}, with the weights of step {best.step}"
+            self.report("note", {"text": f"{told}; {saved} of {self.run.train.steps} steps are saved"})
+        return state
+
     def _sample(self, step: int) -> None:
         picture = self.samples.draw(self.engine) if self.samples else None
         if picture is not None:
@@ -115,9 +170,14 @@ class Services:
         def write() -> None:
             self._keep_rows()
             kept = self.run.checkpoint
-            facts = {"validation_loss": loss, "world": self.batches.world, "zero_stage": self.zero_stage}
+            facts: dict[str, Any] = {"validation_loss": loss, "world": self.batches.world}
+            facts["zero_stage"] = self.zero_stage
+            spare = None
+            if self.patience:
+                facts["looks"] = [look.as_json() for look in self.patience.looks]
+                spare = self.patience.best.step if self.patience.best else None
             path, fingerprint = self.lease.run_path, self.lease.fingerprint
-            checkpoint.save(self.storage, path, state, fingerprint, kept.keep, kept.keep_best, facts)
+            checkpoint.save(self.storage, path, state, fingerprint, kept.keep, kept.keep_best, facts, spare)
 
         if self._leads and self._written(write):
             seconds = round(time.monotonic() - began, 3)

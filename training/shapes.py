@@ -2,15 +2,18 @@
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 from safetensors import safe_open
 from torch import nn
 
+from cluster.errors import UserError
 from training.basefolder import used_files
 from training.conditioning import leave_unread
 from training.lora import attach
-from training.pipeline import BaseInfo, empty_text_encoder, empty_unet
-from training.recipe import TextEncoder, Train
+from training.new_tokens import grow, started
+from training.pipeline import BaseInfo, empty_text_encoder, empty_unet, part_settings
+from training.recipe import NewTokens, TextEncoder, Train
 
 
 def trained_shapes(base: BaseInfo, train: Train) -> tuple[nn.Module, nn.Module]:
@@ -25,6 +28,8 @@ def trained_shapes(base: BaseInfo, train: Train) -> tuple[nn.Module, nn.Module]:
     else:
         text_encoder.requires_grad_(train.text_encoder.train)
     leave_unread(text_encoder)
+    if train.new_tokens.count:
+        grow(text_encoder, started(text_encoder, "", (0,), train.new_tokens.count))
     return unet, text_encoder
 
 
@@ -40,7 +45,9 @@ def sizes(base: BaseInfo, train: Train) -> tuple[int, int]:
         UserError: As `trained_shapes`.
     """
     text_encoder = TextEncoder(train=train.text_encoder.train)
-    return _sizes(base, Train(method=train.method, lora=train.lora, text_encoder=text_encoder))
+    tokens = NewTokens(count=train.new_tokens.count)
+    wanted = Train(method=train.method, lora=train.lora, text_encoder=text_encoder, new_tokens=tokens)
+    return _sizes(base, wanted)
 
 
 def refuse_untrainable(base: BaseInfo, train: Train) -> None:
@@ -56,6 +63,27 @@ def refuse_untrainable(base: BaseInfo, train: Train) -> None:
         wanted += [(part, train.lora.text_targets) for part in base.kind.texts]
     if not all(_are_linear(base, part, targets) for part, targets in wanted):
         sizes(base, train)
+
+
+def refuse_new_tokens(base: BaseInfo, tokenizer: Any) -> None:
+    """Refuse new tokens for a base that cannot have them; `tokenizer` is the base's.
+
+    Raises:
+        UserError: It has a second text encoder, or its tokenizer and its embedding do not agree on where they begin.
+    """
+    if len(base.kind.texts) > 1:
+        raise UserError(
+            "train.new_tokens is for bases with one text encoder",
+            f"{base.model} has two",
+            "leave it out, or take a Stable Diffusion 1.x/2.x base",
+        )
+    rows = int(part_settings(base, "text_encoder")["vocab_size"])
+    if rows != len(tokenizer):
+        raise UserError(
+            f"{base.model} can have no new tokens",
+            f"its tokenizer has {len(tokenizer)}, and its text encoder's embedding {rows} rows",
+            "leave train.new_tokens out, or take another base",
+        )
 
 
 def _are_linear(base: BaseInfo, part: str, targets: Sequence[str]) -> bool:

@@ -30,6 +30,7 @@ from training.conditioning import (
     whole_frame,
 )
 from training.denoising import MEMORY, SamplerTable, advance
+from training.new_tokens import knowing
 from training.outfit import PLAIN, Outfit, Weights, read_outfit
 from training.pipeline import (
     BaseInfo,
@@ -135,7 +136,7 @@ class Studio:
             UserError: A prompt is too long, the sampler cannot do what is asked, or the size cannot be had.
         """
         for prompt in (request.prompt, request.negative_prompt):
-            self._ids(prompt)
+            self._ids(prompt, outfit)
         request.check_size(self.base.image_size, self.base.vae_factor)
         scheduler = outfit.scheduler or self.base.scheduler
         return sampler_table(request.sampler, request.steps, scheduler, request.eta)
@@ -223,21 +224,25 @@ class Studio:
 
     def _encoded(self, prompt: str | None, outfit: Outfit) -> Conditioning:
         """What a prompt becomes, one row; `None` is none at all. The outfit's weights are worn."""
-        of_base = not outfit.text and all(name.startswith("unet.") for name in outfit.weights)
+        of_base = not (
+            outfit.text or outfit.tokens or any(not name.startswith("unet.") for name in outfit.weights)
+        )
         kept = self._texts.setdefault(PLAIN if of_base else outfit, OrderedDict())
         if prompt not in kept:
             self._wear_text(outfit)
-            kept[prompt] = encode_text(self.text_encoder, self._ids(prompt).to(self.device))
+            with knowing(self.text_encoder, outfit.tokens):
+                kept[prompt] = encode_text(self.text_encoder, self._ids(prompt, outfit).to(self.device))
             if len(kept) > PROMPTS_KEPT:
                 kept.popitem(last=False)
         kept.move_to_end(prompt)
         return kept[prompt]
 
-    def _ids(self, prompt: str | None) -> torch.Tensor:
+    def _ids(self, prompt: str | None, outfit: Outfit) -> torch.Tensor:
         with self._tokenizing:  # a tokenizer is borrowed by one thread at a time
             if prompt is None:
                 return unsaid_ids(self.base, self._tokenizer)
-            return token_ids(self._tokenizer, [prompt], self.base.token_limit)
+            words = outfit.tokens.words(len(self._tokenizer)) if outfit.tokens else {}
+            return token_ids(self._tokenizer, [prompt], self.base.token_limit, words)
 
     def _wear_text(self, outfit: Outfit) -> None:
         for part, adapters in self._text_adapters.items():

@@ -18,8 +18,6 @@ from cluster.storage import Storage
 from orchestrator.campaign_settings import Gate
 from orchestrator.cli import app
 from orchestrator.cli_evaluate import choose, read_settings
-from orchestrator.critic import Critic, Picture
-from orchestrator.embedders import open_embedder
 from orchestrator.evaluation import evaluation_of
 from orchestrator.hold import hold
 from orchestrator.progress import Lines
@@ -28,6 +26,8 @@ from pocket.scenes import SCENES
 from pocket.subject import draw_invented, invent, subject_photos
 from pocket.world import compose
 from training.artifact import FORMAT, KIND, Identity, artifact_path, write_weights
+from training.critic import Critic, Picture
+from training.embedders import open_embedder
 from training.intake import read_photos, store_photos
 from training.lora import attach
 from training.pipeline import load_text_encoder, load_unet, open_base

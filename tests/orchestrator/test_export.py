@@ -1,6 +1,7 @@
 """What is exported draws the same picture in the library that it is meant for, and comes back as the same version."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from orchestrator.importing import import_lora
 from training.artifact import Identity, artifact_meta, artifact_path, open_artifact, write_weights
 from training.draw import Drawer
 from training.lora import attach
+from training.new_tokens import grow, started
 from training.pipeline import load_text_encoder, load_unet, open_base
 from training.recipe import Run
 from training.request import DrawRequest
@@ -36,6 +38,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "full": {"method": "full"},
     "lokr": {"method": "lora", "lora": {"kind": "lokr", "rank": 4}},
     "oft": {"method": "lora", "lora": {"kind": "oft", "rank": 4}, "text_encoder": {"train": True}},
+    "token": {"method": "lora", "lora": {"rank": 4, "alpha": 2.0}, "new_tokens": {"count": 2}},
+    "full-token": {"method": "full", "new_tokens": {"count": 1}},
 }
 
 
@@ -48,6 +52,8 @@ def booth(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Storage:
         run = Run.model_validate({"base": {"model": str(tiny_base)}, "subject": subject, "train": train})
         unet, text_encoder = load_unet(info), load_text_encoder(info)
         folder = tmp_path_factory.mktemp(name)
+        count = run.train.new_tokens.count
+        start = started(text_encoder, "<zwx>", [97], count)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             if run.train.method == "lora":
@@ -58,12 +64,19 @@ def booth(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Storage:
                 for layer in (m for m in unet.modules() if isinstance(m, nn.Linear)):
                     low = torch.randn(layer.out_features, 3) @ torch.randn(3, layer.in_features)
                     layer.weight.data.add_(low, alpha=0.03)
+            if count:
+                grow(text_encoder, replace(start, embeddings=torch.randn_like(start.embeddings) * 0.3))
         write_weights(info, run, unet, text_encoder, folder)
-        identity = Identity("zwx", "dog", "a {identifier} {class}", (1,))
+        word, initializer_ids = ("<zwx>", (97,)) if count else ("zwx", ())
+        identity = Identity(word, "dog", "a {identifier} {class}", (1,), initializer_ids)
         storage.publish(folder, artifact_path(name, "v1"), artifact_meta(info, run, identity, name, None, {}))
         entry = {"artifact": artifact_path(name, "v1"), "fingerprint": name, "method": run.train.method}
         Registry(storage).add(name, "v1", entry)
     return storage
+
+
+def prompt_of(name: str) -> str:
+    return PROMPT.replace("zwx", "<zwx>") if "token" in name else PROMPT
 
 
 def ours(storage: Storage, name: str, version: str = "v1") -> np.ndarray:
@@ -71,13 +84,13 @@ def ours(storage: Storage, name: str, version: str = "v1") -> np.ndarray:
         drawer = Drawer(
             open_base(artifact.manifest["base"]["model"]), artifact.folder, artifact.manifest, "cpu"
         )
-        return drawer.draw([DrawRequest(PROMPT, 7, steps=4, guidance=5.0)])[0].astype(int)
+        return drawer.draw([DrawRequest(prompt_of(name), 7, steps=4, guidance=5.0)])[0].astype(int)
 
 
-def theirs(pipe: Any) -> np.ndarray:
+def theirs(pipe: Any, prompt: str = PROMPT) -> np.ndarray:
     pipe.set_progress_bar_config(disable=True)
     call: dict[str, Any] = {"num_inference_steps": 4, "guidance_scale": 5.0, "output_type": "np"}
-    image = pipe(PROMPT, generator=torch.Generator("cpu").manual_seed(7), **call).images[0]
+    image = pipe(prompt, generator=torch.Generator("cpu").manual_seed(7), **call).images[0]
     return (image * 255).round().astype(int)
 
 
@@ -87,12 +100,15 @@ def loaded(done: Exported, base: Path) -> Any:
     if done.holds == "lora":
         pipe = StableDiffusionPipeline.from_pretrained(base)
         pipe.load_lora_weights(path if path.is_dir() else str(path))
-        return pipe
-    if path.is_dir():
-        return StableDiffusionPipeline.from_pretrained(path)
-    return StableDiffusionPipeline.from_single_file(
-        str(path), config=str(base), local_files_only=True, safety_checker=None
-    )
+    elif path.is_dir():
+        pipe = StableDiffusionPipeline.from_pretrained(path)
+    else:
+        pipe = StableDiffusionPipeline.from_single_file(
+            str(path), config=str(base), local_files_only=True, safety_checker=None
+        )
+    if done.embedding is not None:
+        pipe.load_textual_inversion(done.embedding, token=done.prompt.split()[1])
+    return pipe
 
 
 @pytest.mark.parametrize(
@@ -110,6 +126,11 @@ def loaded(done: Exported, base: Path) -> Any:
         ("full", "kohya", {"rank": 3}, "lora"),
         ("lokr", "diffusers", {}, "pipeline"),
         ("oft", "single-file", {}, "pipeline"),
+        ("token", "diffusers", {}, "lora"),
+        ("token", "diffusers", {"merged": True}, "pipeline"),
+        ("token", "kohya", {}, "lora"),
+        ("full-token", "single-file", {}, "pipeline"),
+        ("full-token", "diffusers", {"rank": 3}, "lora"),
     ],
 )
 def test_stock_diffusers_draws_what_was_exported(
@@ -122,8 +143,8 @@ def test_stock_diffusers_draws_what_was_exported(
     holds: str,
 ) -> None:
     done = export(booth, name, None, wanted, tmp_path / "out", **options)
-    assert (done.holds, done.prompt) == (holds, "a zwx dog")
-    apart = np.abs(ours(booth, name) - theirs(loaded(done, tiny_base)))
+    assert (done.holds, done.prompt) == (holds, prompt_of(name).removeprefix("a photo of "))
+    apart = np.abs(ours(booth, name) - theirs(loaded(done, tiny_base), prompt_of(name)))
     assert apart.max() <= 1 and (apart > 0).mean() <= 0.05
     plain = theirs(StableDiffusionPipeline.from_pretrained(tiny_base))
     assert np.abs(plain - ours(booth, name)).mean() > 3  # it is at work

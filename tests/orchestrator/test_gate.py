@@ -3,10 +3,10 @@
 import pytest
 
 from orchestrator.campaign_settings import Gate
-from orchestrator.critic import Row, Scores
-from orchestrator.gate import gained, objections, worth
+from orchestrator.gate import gained, objections
 from orchestrator.manifest import load_campaign, settings_of
-from orchestrator.scores import CopyTest, Estimate
+from training.critic import Row, Scores, worth
+from training.scores import CopyTest, Estimate
 
 
 def scores(dino: float = 0.7, clip_t: float = 0.25, drift: float | None = 0.1, copies: float = 0.0) -> Scores:

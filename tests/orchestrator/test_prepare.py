@@ -54,6 +54,41 @@ def test_what_decides_the_best_checkpoint_decides_the_weights_when_it_is_publish
     assert best == prepared("train.load_best_at_end=true", "validate.num_images=3").fingerprint
 
 
+def test_a_run_that_may_end_early_knows_what_it_will_draw_and_by_whom_it_is_judged(
+    prepared: Callable[..., Prepared],
+) -> None:
+    stop = ["train.stop.every=10", "train.stop.dino=pocket", "train.stop.clip=pocket"]
+    run = prepared(*stop)
+    assert run.run.train.stop and len(run.look_ids) == 1 + len(run.run.train.stop.prompts) + 1
+    assert run.look_ids[0] != run.look_ids[-1] and prepared().look_ids == []
+    assert len({prepared(*sets).fingerprint for sets in ([], stop, [*stop, "train.stop.patience=3"])}) == 3
+    with pytest.raises(UserError, match="facebook/dino-vits16"):
+        prepared("train.stop.every=10")
+
+
+def test_tokens_of_its_own_name_the_subject_and_the_class_does_not_know_them(
+    prepared: Callable[..., Prepared],
+) -> None:
+    plain, own = prepared(), prepared("train.new_tokens.count=2")
+    [first, second] = own.identity.token_ids
+    assert (own.identity.identifier, second) == ("<zwx>", first + 1) and first not in plain.subject_ids
+    where = own.subject_ids.index(first)
+    assert own.subject_ids[where : where + 2] == [first, second] and first in own.sample_ids[1]
+    assert own.identity.initializer_ids == (own.subject_ids[where + 2],)  # the class noun behind them
+    assert not {first, second} & {*own.class_ids, *own.sample_ids[0]}
+    assert own.class_ids == plain.class_ids and own.prior_key("cpu") == plain.prior_key("cpu")
+    named = prepared("train.new_tokens.count=2", "subject.identifier=Rex")
+    assert named.identity.identifier == "<rex>" and named.subject_ids == own.subject_ids
+    begun = prepared("train.new_tokens={count: 2, initializer: fox}")
+    assert len({run.fingerprint for run in (plain, own, named, begun)}) == 4
+    captioned = prepared("train.new_tokens.count=1", "train.templates=['{subject} in snow']")
+    assert captioned.identity.token_ids[0] in captioned.caption_ids[0]
+    with pytest.raises(UserError, match=r"prior\.prompt names the subject's own token"):
+        prepared("train.new_tokens.count=1", "prior.prompt=a <ZWX> {class}")
+    with pytest.raises(UserError, match=r"stop_after takes no effect\. it is 9, and there are 9 steps"):
+        prepared("train.new_tokens={count: 1, stop_after: 9}", "train.steps=9")
+
+
 def test_a_mask_travels_with_its_photo_and_decides_what_is_trained(
     prepared: Callable[..., Prepared], tmp_path: Path
 ) -> None:

@@ -15,6 +15,7 @@ from orchestrator.spec import load_run, parse_run, run_schema
 from training.decisive import decisive
 from training.defaults import with_defaults
 from training.recipe import Run
+from training.stop_settings import Stop
 
 SUBJECT: dict[str, Any] = {"subject": {"name": "rex", "class": "dog", "images": ["./rex"]}}
 
@@ -45,6 +46,28 @@ def test_a_best_checkpoint_that_cannot_be_is_refused(sets: list[str], what: str,
     error = refusal("train.load_best_at_end=true", *sets)
     assert error.what == what and seen in error.seen
     assert load_run(None, SUBJECT, ["train.load_best_at_end=true"]).train.load_best_at_end
+
+
+@pytest.mark.parametrize(
+    ("sets", "what", "seen"),
+    [
+        (["train.stop.every=100"], "train.stop takes no effect", "cannot end before step 300"),
+        (
+            ["train.stop.every=10", "train.load_best_at_end=true"],
+            "train.load_best_at_end takes no effect beside train.stop",
+            "drawings scored best",
+        ),
+        (
+            ["train.stop.every=10", "train.stop.prompts=['a {thing}']"],
+            "train.stop.prompts: the prompt",
+            "{thing}",
+        ),
+    ],
+)
+def test_an_early_end_that_cannot_be_is_refused(sets: list[str], what: str, seen: str) -> None:
+    error = refusal(*sets)
+    assert what in error.what and seen in error.seen
+    assert load_run(None, SUBJECT, ["train.stop={}", "train.steps=600"]).train.stop == Stop()
 
 
 def test_fewer_workers_are_wanted_than_there_may_be() -> None:
@@ -130,7 +153,7 @@ def test_paths_in_a_file_are_relative_to_the_file_and_those_of_flags_are_not(tmp
             "data.zzz=1",
             "data.zzz is not a setting",
             "it was given 1",
-            "known are color, crop, flip, holdout, variants",
+            "known are color, crop, flip, holdout, rotate, variants",
         ),
         (
             "train.method=lra",
@@ -305,3 +328,55 @@ def test_an_objectives_setting_that_takes_no_effect_is_refused() -> None:
     assert "snr_gamma" in str(error) and "leave it out" in str(error)
     assert "huber_c" in str(refusal("train.objective.huber_c=0.2"))
     assert load_run(None, SUBJECT, ["train.objective.weighting=min_snr", "train.objective.snr_gamma=1"])
+
+
+@pytest.mark.parametrize(
+    ("sets", "what", "seen"),
+    [
+        (["optimizer.name=lion", "optimizer.eps=1.0e-6"], "train.optimizer cannot be used", "'eps': 1e-06"),
+        (
+            ["optimizer.name=adafactor", "optimizer.betas=[0.9, 0.99]"],
+            "train.optimizer cannot be used",
+            "betas",
+        ),
+        (["optimizer.d_coef=2"], "train.optimizer cannot be used", "d_coef"),
+        (["optimizer.name=prodigy", "lr=1e-4"], "train.lr is too low for prodigy", "train.lr is 0.0001"),
+        (
+            ["optimizer.name=prodigy", "text_encoder.train=true", "text_encoder.lr=0.5"],
+            "two learning rates cannot be had with prodigy",
+            "train.text_encoder.lr 0.5",
+        ),
+        (
+            ["optimizer.name=adamw-schedulefree", "ema_decay=0.99"],
+            "train.ema_decay cannot be had with train.optimizer.name: adamw-schedulefree",
+            "an average already",
+        ),
+        (
+            ["optimizer.name=adamw-schedulefree", "lr_scheduler=cosine"],
+            "train.lr_scheduler: cosine cannot be had with train.optimizer.name: adamw-schedulefree",
+            "stands in for a schedule",
+        ),
+        (
+            ["optimizer.name=prodigy", "text_encoder.train=true", "text_encoder.stop_after=5"],
+            "train.text_encoder.stop_after cannot be had with train.optimizer.name: prodigy",
+            "goes on moving",
+        ),
+    ],
+)
+def test_an_optimizers_setting_that_it_cannot_use_is_refused(sets: list[str], what: str, seen: str) -> None:
+    error = refusal(*(f"train.{each}" for each in sets))
+    assert error.what == what and seen in error.seen and error.do
+
+
+@pytest.mark.parametrize("name", ["adamw-8bit", "adafactor", "prodigy", "adamw-schedulefree"])
+def test_an_optimizer_that_needs_whole_parameters_is_refused_where_they_are_cut(name: str) -> None:
+    for setting in ("engine.zero_stage=2", "engine.offload=true"):
+        error = refusal(f"train.optimizer.name={name}", setting)
+        assert (
+            error.what.startswith(f"{setting.partition('=')[0]} cannot be had") and "adamw, lion" in error.do
+        )
+
+
+def test_prodigy_multiplies_what_it_finds_by_one() -> None:
+    run = load_run(None, SUBJECT, ["train.optimizer.name=prodigy", "train.text_encoder.train=true"])
+    assert (run.train.lr, run.train.text_encoder.lr) == (1.0, 1.0)

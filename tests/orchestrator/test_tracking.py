@@ -17,13 +17,14 @@ PATIENCE_S = 300  # on a machine that is busy elsewhere
 
 
 def said(first: int, last: int) -> list[dict[str, Any]]:
-    """Steps `first` to `last` with a validation after every second, as `events.jsonl` has them."""
+    """Steps `first` to `last` with a validation and a look after every second, as `events.jsonl` has them."""
     entries: list[dict[str, Any]] = [{"event": "started", "from_step": first - 1}]
     for step in range(first, last + 1):
         losses = {"loss_subject": step / 10, "loss_class": step / 20}
         entries.append({"event": "step", "time": "t", "step": step, "lr": 1e-4, "lr_text": None, **losses})
         if step % 2 == 0:
             entries.append({"event": "validation", "time": "t", "step": step, "loss": step / 5, **losses})
+            entries.append({"event": "score", "time": "t", "step": step, "score": step / 4, "dino": 0.5})
     return entries
 
 
@@ -65,7 +66,12 @@ def test_a_run_that_goes_on_has_every_step_once_and_what_the_machine_did(
 
     history = {
         key: [m.step for m in client.get_metric_history(tracker.run_id, key)]
-        for key in ("loss_subject", "loss_class", "lr", "validation_loss", "validation_loss_class")
+        for key in (
+            *("loss_subject", "loss_class", "lr"),
+            "validation_loss",
+            "validation_loss_class",
+            "drawn_score",
+        )
     }
     assert history == {
         "loss_subject": [1, 2, 3, 4, 5],
@@ -73,6 +79,7 @@ def test_a_run_that_goes_on_has_every_step_once_and_what_the_machine_did(
         "lr": [1, 2, 3, 4, 5],
         "validation_loss": [2, 4],
         "validation_loss_class": [2, 4],
+        "drawn_score": [2, 4],
     }
     run = client.get_run(tracker.run_id)
     assert run.info.status == "FINISHED" and "system/cpu_utilization_percentage" in run.data.metrics

@@ -31,7 +31,8 @@ from training.artifact import (
 )
 from training.draw import Drawer
 from training.lora import attach
-from training.pipeline import BaseInfo, load_text_encoder, load_unet, open_base
+from training.new_tokens import grow, started
+from training.pipeline import BaseInfo, load_text_encoder, load_tokenizer, load_unet, open_base
 from training.png import encode_png
 from training.prompt import render_prompt
 from training.recipe import Run
@@ -305,6 +306,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "wide": {"method": "lora", "lora": {"rank": 20}},
     "text": {"method": "lora", "lora": {"rank": 4}, "text_encoder": {"train": True}},
     "full": {"method": "full"},
+    "token": {"method": "lora", "lora": {"rank": 4}, "new_tokens": {"count": 2}},
 }
 Publish = Callable[..., None]
 """Registers a subject: its name, its kind, its version (`v1`)."""
@@ -330,10 +332,14 @@ def register_kind(
                 p.data.add_(torch.randn_like(p), alpha=0.02)
         else:
             attach(unet, text_encoder, run.train.lora, run.train.text_encoder.train, seed=0)
+            if run.train.new_tokens.count:
+                grow(text_encoder, started(text_encoder, "<zwx>", [97], run.train.new_tokens.count))
             for p in (p for m in (unet, text_encoder) for p in m.parameters() if p.requires_grad):
                 nn.init.normal_(p, std=0.3)
     write_weights(base, run, unet, text_encoder, scratch)
-    identity = Identity("zwx", "dog", "a {identifier} {class}", (97,))
+    template, vocabulary = "a {identifier} {class}", len(load_tokenizer(base))
+    own = tuple(range(vocabulary, vocabulary + run.train.new_tokens.count))
+    identity = Identity("<zwx>" if own else "zwx", "dog", template, own or (97,), (97,) if own else ())
     storage.publish(scratch, artifact_path(name, version), artifact_meta(base, run, identity, "f", None, {}))
     Registry(storage).add(
         name, version, {"artifact": artifact_path(name, version), "fingerprint": version, "class": "dog"}
@@ -352,11 +358,11 @@ def published(storage: Storage, tiny_base: Path, tmp_path: Path) -> Publish:
 
 @pytest.fixture(scope="module")
 def zoo(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Storage:
-    """A storage root with a subject of every kind, named as its kind, and `lora2` and `full2`; not to be changed."""
+    """A storage root with a subject of every kind, named as its kind, and second ones, `lora2`; not to be changed."""
     folder = tmp_path_factory.mktemp("zoo")
     storage = Storage(str(folder / "storage"))
     for kind in KINDS:
         register_kind(storage, tiny_base, folder / kind, kind, kind, "v1")
-    for kind in ("lora", "full"):
+    for kind in ("lora", "full", "token"):
         register_kind(storage, tiny_base, folder / f"{kind}2", f"{kind}2", kind, "v1")
     return storage

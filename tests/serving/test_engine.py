@@ -75,10 +75,12 @@ MIXED = [
     ("lora", DrawRequest(PROMPT, 7, steps=5)),
     ("wide", DrawRequest(PROMPT, 8, "snow", steps=3, guidance=3.0, sampler="euler")),
     ("base", DrawRequest("a red clock", 9, steps=4, guidance=1.0)),
+    ("token", DrawRequest(PROMPT, 16, steps=4)),
     ("full", DrawRequest(PROMPT, 12, steps=12)),
     ("text", DrawRequest(PROMPT, 10, steps=6, guidance=2.0, sampler="dpm++2m")),
     ("lora2", DrawRequest("{class} in the snow", 11, steps=4, guidance=1.0, eta=1.0)),
     ("full2", DrawRequest(PROMPT, 13, steps=10, guidance=1.0)),
+    ("token2", DrawRequest(PROMPT, 15, "a {subject}", steps=5, guidance=3.0)),
     ("lora", DrawRequest(PROMPT, 14, steps=2, height=32, width=16)),
 ]
 
@@ -108,7 +110,7 @@ def test_subjects_methods_sizes_and_samplers_together_come_out_as_alone(
     stats = engine.stats()
     assert (stats["images"], stats["running"], stats["waiting"]) == (len(MIXED), 0, 0)
     assert stats["steps"] == sum(request.steps for _, request in MIXED)
-    assert (stats["subjects"], stats["cache_hits"] + stats["cache_misses"]) == (6, 7)
+    assert (stats["subjects"], stats["cache_hits"] + stats["cache_misses"]) == (8, 9)
 
 
 def test_images_of_an_sdxl_together_come_out_as_alone(engine_of: Make, tiny_sdxl: Path) -> None:

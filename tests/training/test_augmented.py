@@ -1,5 +1,6 @@
 """Noise that is added, captions that are dropped, and a class term without class images, alone and in a bank."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,13 +12,14 @@ import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 
 from cluster.errors import UserError
-from cluster.storage import Storage
+from cluster.storage import Storage, sha256
 from training.artifact import open_artifact
 from training.bank import Bank, stack
 from training.bank_key import bank_key, bankable
 from training.batches import Batches
 from training.conditioning import encode_text, predict
-from training.dataplan import DataPlan, Role
+from training.dataplan import DataPlan, Role, enlarged
+from training.decisive import decisive
 from training.lease import LatentTable, Lease
 from training.loop import ResidentBase, build_module
 from training.outfit import PLAIN
@@ -31,6 +33,7 @@ EVERYTHING = {
     "weighting": "min_snr",
     "loss": "huber",
     "offset_noise": 0.1,
+    "multires_noise_iterations": 3,
     "input_perturbation": 0.1,
     "caption_dropout": 0.5,
 }
@@ -98,6 +101,51 @@ def test_what_is_added_has_the_strength_that_was_asked_for_and_shifts_channels_a
     assert 0.3 < float(shift[:, :, 0, 0].std()) < 0.7
     assert shown.shown_noise is not None and torch.equal(shown.noise, plain.noise)  # what is asked for stays
     assert float((shown.shown_noise - plain.noise).std()) == pytest.approx(0.5, rel=0.1)
+
+
+def test_noise_of_several_resolutions_has_variance_one_and_larger_shapes(
+    made: Callable[..., tuple[Lease, Batches]],
+) -> None:
+    sixteen = DataPlan(0, 3, 5, 1, 1000, 1.0)
+    plain, coarse = (
+        np.stack([noise(n) for n in range(64)])
+        for noise in (
+            lambda n: sixteen.noise(n, (4, 16, 16)),
+            lambda n: sixteen.multires(n, (4, 16, 16), 6, 0.8),
+        )
+    )
+    assert coarse.std(axis=(1, 2, 3)) == pytest.approx(np.ones(64), abs=1e-5)
+    alike = [float((x[..., 1:] * x[..., :-1]).mean()) for x in (plain, coarse)]  # of neighbours
+    assert abs(alike[0]) < 0.05 and alike[1] > 0.3
+    weak = np.stack([sixteen.multires(n, (4, 16, 16), 1, 1e-6) for n in range(64)])
+    assert np.abs(weak - plain / plain.std(axis=(1, 2, 3), keepdims=True)).max() < 1e-4
+    [ours] = made({"multires_noise_iterations": 6})[1].of_step(0)
+    assert float(ours.noise[0].std(correction=0)) == pytest.approx(1.0, abs=1e-5)
+
+
+@pytest.mark.parametrize("size", [(7, 16), (2, 2), (16, 5)])
+def test_a_picture_is_enlarged_as_torch_does_it(size: tuple[int, int]) -> None:
+    image = np.random.default_rng(0).standard_normal((3, *size), dtype=np.float32)
+    wanted = torch.nn.functional.interpolate(torch.from_numpy(image)[None], (16, 16), mode="bilinear")[0]
+    assert np.allclose(enlarged(image, (16, 16)), wanted.numpy(), atol=1e-5)
+
+
+def test_a_setting_that_came_later_changes_no_fingerprint_and_no_key_at_its_default() -> None:
+    subject = {"name": "rex", "class": "dog", "images": ["x"]}
+
+    def run_of(**objective: Any) -> Run:
+        sections = {"train": {"objective": objective}, "validate": {"every": 0}}
+        return Run.model_validate({"subject": subject, **sections})
+
+    old, new = run_of(weighting="min_snr"), run_of(weighting="min_snr", multires_noise_iterations=2)
+    # as they were before there was such a setting
+    assert sha256(json.dumps(decisive(old), sort_keys=True).encode()) == (
+        "f58599eff277bca9960dc612478d353865d41d00c8fee054406c756f41f82ae1"
+    )
+    assert bank_key(old, "r") == "d9d0150fc2dcf11d"
+    assert decisive(new) != decisive(old) and bank_key(new, "r") != "d9d0150fc2dcf11d"
+    assert "objective" not in decisive(run_of())["train"]
+    assert decisive(run_of(multires_noise_iterations=2)) != decisive(run_of())
 
 
 def test_the_validation_sees_none_of_it(made: Callable[..., tuple[Lease, Batches]]) -> None:

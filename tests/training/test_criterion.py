@@ -20,6 +20,8 @@ LOSSES: list[dict[str, Any]] = [
     {"loss": "huber", "huber_schedule": "exponential"},
     {"loss": "smooth_l1", "huber_schedule": "constant", "huber_c": 0.3},
     {"loss": "smooth_l1"},
+    {"loss": "l1"},
+    {"loss": "log_cosh"},
 ]
 WEIGHTINGS: list[dict[str, Any]] = [
     {},
@@ -50,7 +52,13 @@ def by_hand(
     total = 0.0
     for a, b in zip(ours, theirs, strict=True):
         bent = math.sqrt((a - b) ** 2 + c * c) - c
-        total += {"mse": (a - b) ** 2, "huber": 2 * c * bent, "smooth_l1": 2 * bent}[objective.loss]
+        total += {
+            "mse": (a - b) ** 2,
+            "l1": abs(a - b),
+            "huber": 2 * c * bent,
+            "smooth_l1": 2 * bent,
+            "log_cosh": math.log(math.cosh(a - b)),
+        }[objective.loss]
     return weight * total / len(ours)
 
 
@@ -112,6 +120,13 @@ def test_huber_is_the_square_where_it_is_small_and_lets_go_where_it_is_large() -
     assert difference.grad is not None and difference.grad[1] == pytest.approx(
         0.2, rel=1e-3
     )  # 2 c, and not 20
+
+
+def test_the_logarithm_of_the_cosine_is_there_where_the_cosine_is_not() -> None:
+    criterion = Criterion(Objective(loss="log_cosh"), NoiseSchedule.from_config(SCHEDULER))
+    difference = torch.tensor([0.01, 1000.0]).reshape(2, 1, 1, 1)
+    losses = criterion.row_losses(difference, torch.zeros(2, 1, 1, 1), torch.tensor([500, 500]))
+    assert losses.tolist() == pytest.approx([0.5e-4, 1000 - math.log(2)], rel=5e-3)
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)

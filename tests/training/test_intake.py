@@ -380,6 +380,26 @@ def test_a_photo_that_was_saved_again_is_told_and_another_one_is_not(tmp_path: P
     ]
 
 
+def test_variants_may_be_turned_and_have_no_empty_corners(tmp_path: Path) -> None:
+    half = np.full((64, 64, 3), 255, np.uint8)
+    half[:, :32] = (200, 40, 40)
+    Image.fromarray(half).save(tmp_path / "a.png")
+    [photo] = read_photos([str(tmp_path)], 64).photos
+    plain = crops(photo.png, 64, Data(variants=4))
+    turned = crops(photo.png, 64, Data(variants=4, flip=True, rotate=30))
+    assert np.array_equal(turned[0], plain[0]) and len(turned) == 8
+    for square, mirror in zip(turned[2::2], turned[3::2], strict=True):
+        assert square[..., 0].min() > 180 and not np.array_equal(square, plain[0])  # black is nowhere in it
+        assert np.array_equal(mirror, square[:, ::-1])
+        # what was upright leans: the edge is further to one side at the top than at the bottom
+        assert (square[0, :, 1] > 128).sum() != (square[-1, :, 1] > 128).sum()
+        assert abs(int((square[32, :, 1] > 128).sum()) - 32) <= 1  # about the middle
+    again = crops(photo.png, 64, Data(variants=4, flip=True, rotate=30))
+    assert all(np.array_equal(a, b) for a, b in zip(turned, again, strict=True))
+    with pytest.raises(ValueError, match="`rotate` takes no effect"):
+        Data(rotate=5)
+
+
 def test_variants_may_differ_in_light_and_the_first_does_not(tmp_path: Path) -> None:
     _scene(1).save(tmp_path / "a.png")
     [photo] = read_photos([str(tmp_path)], 64).photos

@@ -17,10 +17,12 @@ from PIL import Image
 
 from cluster.errors import UserError
 from cluster.storage import sha256_file
-from orchestrator.scores import Vectors
 from training.basefolder import locate_model
+from training.defaults import base_family
 from training.pipeline import quiet, shipped
 from training.png import Pixels
+from training.scores import Vectors
+from training.stop_settings import Stop
 
 BATCH = 32  # pictures of a forward: bounds memory; the speed is the same from 16 on
 POCKET = "pocket"
@@ -49,8 +51,7 @@ class Embedder:
     def __init__(self, model: str, device: str = "cpu") -> None:
         self.model = model
         self._device = device
-        self._folder = shipped("clip") if model == POCKET else locate_model(model, "embedder")
-        self._kind = _kind(self._folder, model)
+        self._folder, self._kind = find_embedder(model)
         self._look = _Look.read(self._folder)
         with quiet():
             self._net, self._tokenizer = _load(self._folder, self._kind)
@@ -134,6 +135,18 @@ class _Look:
 def decoded(pngs: Sequence[bytes]) -> list[Pixels]:
     """The pixels [H, W, 3] uint8 of PNGs."""
     return [np.asarray(Image.open(io.BytesIO(png), formats=("PNG",)).convert("RGB")) for png in pngs]
+
+
+def find_embedder(model: str) -> tuple[Path, str]:
+    """The folder and the kind of an embedder, without loading it; raises as `Embedder`."""
+    folder = shipped("clip") if model == POCKET else locate_model(model, "embedder")
+    return folder, _kind(folder, model)
+
+
+def embedders_of(model: str, stop: Stop) -> tuple[str, str]:
+    """The embedders of likeness and of words that looks at a run of a base are scored by."""
+    dino, clip = DEFAULTS[base_family(model)]
+    return stop.dino or dino, stop.clip or clip
 
 
 @lru_cache(maxsize=4)

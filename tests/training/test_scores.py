@@ -3,9 +3,12 @@
 import numpy as np
 import pytest
 
-from orchestrator.critic import layouts, nearest_layout, soft_copies
-from orchestrator.protocol import LIVE, OBJECT, POCKET, class_prompts, prompts_for, without_subject
-from orchestrator.scores import (
+from orchestrator.protocol import LIVE, OBJECT, POCKET, class_prompts, prompts_for
+from pocket.world import PLACES
+from training.critic import layouts, nearest_layout, soft_copies
+from training.png import Pixels
+from training.prompt import render_prompt, without_subject
+from training.scores import (
     among_photos,
     copy_test,
     difference,
@@ -13,9 +16,6 @@ from orchestrator.scores import (
     estimate,
     nearness,
 )
-from pocket.world import PLACES
-from training.png import Pixels
-from training.prompt import render_prompt
 
 EAST, NORTH, BETWEEN = (1.0, 0.0), (0.0, 1.0), (0.6, 0.8)
 

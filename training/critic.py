@@ -15,9 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from orchestrator.embedders import Embedder
-from orchestrator.protocol import without_subject
-from orchestrator.scores import (
+from training.embedders import Embedder
+from training.png import Pixels
+from training.prompt import render_prompt, without_subject
+from training.scores import (
     CopyTest,
     Estimate,
     Vectors,
@@ -28,8 +29,6 @@ from orchestrator.scores import (
     estimate,
     nearness,
 )
-from training.png import Pixels
-from training.prompt import render_prompt
 
 METRICS = ("dino", "clip_i", "clip_t", "pres", "div", "copies")
 LAYOUT = 12  # pixels: less and photos of one thing are alike, more and a copy that moved is not
@@ -105,6 +104,16 @@ class Scores:
             CopyTest(**test),
             tuple(Row(**row) for row in value["images"]),
         )
+
+
+def worth(scores: Scores) -> float:
+    """One number for how good drawings are: likeness and obedience, less what the class has lost.
+
+    DINO + CLIP-T - drift: a model that draws photos by heart loses in CLIP-T, one that has turned the class into the
+    subject in drift. A drift below 0 is no merit.
+    """
+    drift = max(scores.drift.value, 0.0) if scores.drift else 0.0
+    return scores.metrics["dino"].value + scores.metrics["clip_t"].value - drift
 
 
 @dataclass(frozen=True)

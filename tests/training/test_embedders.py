@@ -11,9 +11,9 @@ from transformers.models.vit.configuration_vit import ViTConfig
 from transformers.models.vit.modeling_vit import ViTModel
 
 from cluster.errors import UserError
-from orchestrator.embedders import Embedder, decoded
 from pocket.clip import embed_images, embed_texts, load_clip
 from pocket.subject import subject_photos
+from training.embedders import Embedder, decoded
 from training.pipeline import load_tokenizer, open_base
 from training.png import encode_png
 

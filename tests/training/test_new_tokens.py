@@ -1,0 +1,314 @@
+"""Tokens of a subject's own: what is trained of them, what is not, and that stock diffusers takes them."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+from safetensors.torch import load_file
+from torch import nn
+
+from cluster.errors import SystemFailure, UserError
+from cluster.storage import Storage
+from training.artifact import Identity, open_artifact, write_weights
+from training.bank_key import bankable
+from training.batches import Batches
+from training.checkpoint import State
+from training.draw import Drawer
+from training.engine import TrainingEngine
+from training.identifier import new_identifier, token_ids_of
+from training.lease import Lease
+from training.loop import ResidentBase, build_module
+from training.lora import attach
+from training.new_tokens import FILE, grow, learned, save_tokens, started
+from training.pipeline import load_text_encoder, load_tokenizer, load_unet, open_base, token_ids
+from training.recipe import Run
+from training.request import DrawRequest
+from training.shapes import refuse_new_tokens
+from training.wish import Wish
+
+WORD = "<zwx>"
+PROMPT = f"a photo of a {WORD} dog on the beach"
+EMBEDDING = "embeddings.token_embedding"
+TRAIN: dict[str, Any] = {"lr": 1e-3, "pairs_per_step": 2, "new_tokens": {"count": 2, "lr": 1e-2}}
+
+
+def of_new_tokens(lease: Lease, base: ResidentBase) -> Lease:
+    """A lease whose subject has its own tokens, as many as its recipe says."""
+    tokenizer, count = load_tokenizer(base.info), lease.recipe.train.new_tokens.count
+    choice = new_identifier(tokenizer, "auto", "dog", count)
+    identity = Identity(
+        choice.identifier, "dog", "a {identifier} {class}", choice.token_ids, token_ids_of(tokenizer, "dog")
+    )
+    texts = [PROMPT, "", f"a {WORD} dog"]
+    subject, *samples = token_ids(tokenizer, texts, base.info.token_limit, identity.words).tolist()
+    return replace(
+        lease,
+        subject_ids=subject,
+        sample_ids=samples if lease.sample_ids else (),
+        identity=identity.as_json(),
+    )
+
+
+@pytest.fixture
+def make_engine(
+    group: None,
+    resident: ResidentBase,
+    make_lease: Callable[..., Lease],
+    make_batches: Callable[..., Batches],
+) -> Callable[..., Callable[[int, int], TrainingEngine]]:
+    """Makes what takes an engine from one step to another, at a ZeRO stage and from a state."""
+
+    def make(
+        stage: int = 0, state: State | None = None, **train: Any
+    ) -> Callable[[int, int], TrainingEngine]:
+        lease = of_new_tokens(make_lease(resident, train={**TRAIN, **train}), resident)
+        batches = make_batches(lease, resident)
+        module = build_module(resident, lease.recipe, lease, stage)
+        engine = TrainingEngine(module, lease.recipe.train, stage, batches.per_step, state)
+
+        def go(first: int, last: int) -> TrainingEngine:
+            for step in range(first, last):
+                engine.step(step, list(batches.of_step(step)))
+            return engine
+
+        return go
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "train",
+    [
+        {},
+        {"text_encoder": {"train": True, "lr": 1e-4}},
+        {"method": "full", "text_encoder": {"train": True, "lr": 1e-4}},
+        {"method": "full", "text_encoder": {"train": False}},
+    ],
+    ids=["lora", "lora-text", "full", "full-unet"],
+)
+def test_new_rows_are_trained_at_their_own_rate_and_every_other_row_stays_to_the_bit(
+    train: dict[str, Any], make_engine: Callable[..., Any], resident: ResidentBase
+) -> None:
+    plain = resident.text_encoder.get_parameter(f"{EMBEDDING}.weight")
+    before = plain.detach().clone()
+    engine = make_engine(**train, weight_decay=0.0)(0, 1)
+    assert torch.equal(engine.module.text_encoder.get_parameter(f"{EMBEDDING}.weight"), before)
+    assert torch.equal(plain, before) and plain is resident.text_encoder.get_parameter(f"{EMBEDDING}.weight")
+    [of_dog] = token_ids_of(load_tokenizer(resident.info), "dog")
+    new = learned(engine.module.text_encoder).embeddings
+    moved = (new.detach() - before[of_dog]).abs()
+    assert moved.max() == pytest.approx(1e-2, rel=0.01)  # Adam's first step is its learning rate
+    assert not torch.equal(new[0], new[1])  # they stand in different places
+    state = engine.state(1).parameters
+    assert f"text_encoder.{EMBEDDING}.new" in state and f"text_encoder.{EMBEDDING}.weight" not in state
+
+
+def test_they_stay_as_they_are_after_the_step_they_are_stopped_at(make_engine: Callable[..., Any]) -> None:
+    go = make_engine(new_tokens={"count": 1, "lr": 1e-2, "stop_after": 2})
+    name = f"text_encoder.{EMBEDDING}.new"
+    states = [
+        {n: p.clone() for n, p in go(*part).state(part[1]).parameters.items()} for part in ((0, 2), (2, 4))
+    ]
+    assert torch.equal(states[0][name], states[1][name])
+    assert not any(
+        torch.equal(states[0][n], states[1][n]) for n in states[0] if n.endswith("B.default.weight")
+    )
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_every_stage_moves_them_alike(stage: int, make_engine: Callable[..., Any]) -> None:
+    plain, sharded = (make_engine(stage=s)(0, 3).state(3).parameters for s in (0, stage))
+    name = f"text_encoder.{EMBEDDING}.new"
+    assert torch.allclose(plain[name], sharded[name], atol=1e-5)
+    assert plain.keys() == sharded.keys()
+
+
+def test_the_teacher_hears_the_class_noun_in_their_place(
+    resident: ResidentBase, make_lease: Callable[..., Lease]
+) -> None:
+    objective = {"mask": "alpha", "mask_prior": 1.0}
+    new = {"count": 1}
+    lease = make_lease(resident, train={**TRAIN, "new_tokens": new, "objective": objective})
+    module = build_module(resident, lease.recipe, of_new_tokens(lease, resident), 0)
+    ids = token_ids(load_tokenizer(resident.info), ["a photo of a dog dog on the beach"], 32)
+    with torch.no_grad():
+        said = resident.text_encoder(ids)[0]
+    assert module.teacher is not None and torch.equal(module.teacher.text[0], said[0])
+
+
+@pytest.mark.slow
+@pytest.mark.resume
+@pytest.mark.parametrize(("method", "stage"), [("lora", 0), ("full", 2)])
+def test_two_workers_that_left_go_on_to_the_bits_and_one_has_the_same_losses(
+    method: str,
+    stage: int,
+    make_job: Callable[..., Lease],
+    resident: ResidentBase,
+    alone: Callable[..., Any],
+    pair: Any,
+    storage: Storage,
+) -> None:
+    def job(name: str, **sections: Any) -> Lease:
+        train = {**TRAIN, "method": method, "steps": 4, "ema_decay": 0.9}
+        return of_new_tokens(make_job(name, train=train, **sections), resident)
+
+    def losses(*trained: Any) -> dict[int, list[float]]:
+        told = [row for t in trained for kind, payload in t["events"] if kind == "steps" for row in payload]
+        return {row["step"]: [row["loss_subject"], row["loss_class"], row["grad_norm"]] for row in told}
+
+    def weights(name: str) -> dict[str, bytes]:
+        with open_artifact(storage, name, "v1") as artifact:
+            return {
+                f"{file.name}/{key}": tensor.numpy().tobytes()
+                for file in sorted(artifact.folder.rglob("*.safetensors"))
+                for key, tensor in load_file(file).items()
+            }
+
+    engine = {"zero_stage": stage}
+    grid = {"every": 2, "samples": 3, "steps": 2, "num_images": 1, "guidance": 2.0}
+    calm, _ = pair(job("calm", engine=engine, validate={"every": 0}))
+    hurt = job("hurt", engine=engine, validate=grid)
+    left, _ = pair(hurt, {1: {0: Wish.LEAVE}})
+    went_on, _ = pair(hurt)
+    assert left["metrics"] is None and losses(left, went_on) == losses(calm) and len(losses(calm)) == 4
+    assert f"{FILE}/{WORD}" in weights("calm") and weights("hurt") == weights("calm")
+    one = alone(job("one", validate={"every": 0}))
+    assert np.allclose(list(losses(one).values()), list(losses(calm).values()), atol=1e-5)
+
+
+def write_artifact(base_folder: Path, folder: Path, count: int, **train: Any) -> None:
+    """An artifact as if trained: weights and tokens moved far enough that the picture changes."""
+    base = open_base(str(base_folder))
+    run = Run.model_validate(
+        {
+            "base": {"model": str(base_folder)},
+            "subject": {"name": "rex", "class": "dog", "images": ["photos"]},
+            "train": {**train, "new_tokens": {"count": count}},
+        }
+    )
+    unet, text_encoder = load_unet(base), load_text_encoder(base)
+    grow_from = started(text_encoder, WORD, token_ids_of(load_tokenizer(base), "dog"), count)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        if run.train.method == "lora":
+            attach(unet, text_encoder, run.train.lora, run.train.text_encoder.train, seed=1)
+        grow(text_encoder, grow_from)
+        for p in (p for model in (unet, text_encoder) for p in model.parameters() if p.requires_grad):
+            nn.init.normal_(p, std=0.4)
+        if run.train.method == "full":
+            for p in unet.parameters():
+                p.data.add_(torch.randn_like(p), alpha=0.02)
+    write_weights(base, run, unet, text_encoder, folder)
+
+
+def pictures(pipe: Any, prompt: str) -> Any:
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator("cpu").manual_seed(7)
+    image = pipe(prompt, generator=generator, output_type="np", num_inference_steps=8, guidance_scale=5.0)
+    return (image.images[0] * 255).round().astype(int)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize(
+    "train",
+    [
+        {"method": "lora", "lora": {"rank": 4, "alpha": 2.0}},
+        {"method": "lora", "lora": {"rank": 4, "alpha": 2.0}, "text_encoder": {"train": True}},
+        {"method": "full", "text_encoder": {"train": False}},
+    ],
+    ids=["lora", "lora-text", "full"],
+)
+def test_stock_diffusers_draws_our_image(
+    train: dict[str, Any], count: int, tiny_base: Path, tmp_path: Path
+) -> None:
+    write_artifact(tiny_base, tmp_path, count, **train)
+    drawer = Drawer(open_base(str(tiny_base)), tmp_path, device="cpu")
+    ours, other = drawer.draw(
+        [DrawRequest(prompt, 7, steps=8, guidance=5.0) for prompt in (PROMPT, PROMPT.replace(WORD, "zwx"))]
+    )
+    if train["method"] == "full":
+        pipe = StableDiffusionPipeline.from_pretrained(tmp_path)
+    else:
+        pipe = StableDiffusionPipeline.from_pretrained(tiny_base)
+        pipe.load_lora_weights(tmp_path)
+        pipe.load_textual_inversion(tmp_path)
+    apart = np.abs(ours.astype(int) - pictures(pipe, PROMPT))
+    assert apart.max() <= 1 and (apart > 0).mean() <= 0.01
+    assert np.abs(ours.astype(int) - other.astype(int)).mean() > 2  # the tokens are at work
+
+
+def test_a_full_artifact_is_a_base_again_and_of_the_same_bytes(tiny_base: Path, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        write_artifact(tiny_base, tmp_path / name, 2, method="full", text_encoder={"train": False})
+    files = [
+        {p.relative_to(f): p.read_bytes() for p in f.rglob("*") if p.is_file()} for f in tmp_path.iterdir()
+    ]
+    assert files[0] == files[1]
+    base = open_base(str(tmp_path / "one"))
+    plain, tokenizer = load_tokenizer(open_base(str(tiny_base))), load_tokenizer(base)
+    assert token_ids_of(tokenizer, f"{WORD} {WORD}_1") == (len(plain), len(plain) + 1)
+    refuse_new_tokens(base, tokenizer)
+    with pytest.raises(UserError, match="already"):
+        new_identifier(tokenizer, "zwx", "dog", 1)
+
+
+@pytest.mark.parametrize("prompt", [PROMPT, f"{WORD}", f"{WORD.upper()},{WORD} dog.", "a dog"])
+def test_ids_are_those_of_a_tokenizer_that_has_the_word(prompt: str, tiny_base: Path) -> None:
+    base = open_base(str(tiny_base))
+    plain, grown = load_tokenizer(base), load_tokenizer(base)
+    grown.add_tokens([WORD])
+    ours = token_ids(plain, [prompt], base.token_limit, {WORD: [len(plain)]})
+    assert torch.equal(ours, token_ids(grown, [prompt], base.token_limit))
+
+
+def test_a_prompt_that_the_word_makes_too_long_is_refused(tiny_base: Path) -> None:
+    tokenizer = load_tokenizer(open_base(str(tiny_base)))
+    prompt = " ".join([WORD] * 16)
+    with pytest.raises(UserError, match="34 tokens"):
+        token_ids(tokenizer, [prompt], 32, {WORD: [900, 901]})
+    assert len(token_ids(tokenizer, [prompt[:-6]], 32, {WORD: [900, 901]})[0]) == 32
+
+
+def test_the_identifier_is_a_word_in_brackets(tiny_base: Path) -> None:
+    tokenizer = load_tokenizer(open_base(str(tiny_base)))
+    first = len(tokenizer)
+    choice = new_identifier(tokenizer, "auto", "dog", 2)
+    assert (choice.identifier, choice.token_ids) == (WORD, (first, first + 1))
+    assert new_identifier(tokenizer, "Rex_1", "dog", 1).identifier == "<rex_1>"
+    assert new_identifier(tokenizer, "<sks>", "dog", 1).warnings == []
+    for wrong in ("<rex", "two words", "{x}", "<>"):
+        with pytest.raises(UserError, match="letters, digits"):
+            new_identifier(tokenizer, wrong, "dog", 1)
+
+
+def test_a_base_that_cannot_have_them_is_refused(tiny_base: Path, tmp_path: Path) -> None:
+    base = open_base(str(tiny_base))
+    tokenizer = load_tokenizer(base)
+    (tmp_path / "text_encoder_2").mkdir()
+    with pytest.raises(UserError, match="two"):
+        refuse_new_tokens(replace(base, path=tmp_path), tokenizer)
+    tokenizer.add_tokens(["<more>"])
+    with pytest.raises(UserError, match="rows"):
+        refuse_new_tokens(base, tokenizer)
+
+
+def test_they_are_trained_alone_and_what_does_not_fit_is_said(tiny_base: Path, tmp_path: Path) -> None:
+    subject = {"name": "rex", "class": "dog", "images": ["photos"]}
+    run = Run.model_validate({"subject": subject, "train": {"new_tokens": {"count": 1}}})
+    assert bankable(run, 1) == "train.new_tokens.count"
+    with pytest.raises(ValueError, match="takes no effect with count: 0"):
+        Run.model_validate({"subject": subject, "train": {"new_tokens": {"lr": 1e-3}}})
+    write_artifact(tiny_base, tmp_path, 1, method="lora")
+    base = open_base(str(tiny_base))
+    tokens = started(load_text_encoder(base), WORD, [5], 1)
+    save_tokens(replace(tokens, embeddings=torch.zeros(1, 16)), tmp_path / FILE)
+    with pytest.raises(SystemFailure, match="does not fit the base"):
+        Drawer(base, tmp_path, device="cpu")
+    (tmp_path / FILE).write_bytes(b"no tensors")
+    with pytest.raises(SystemFailure, match="no tokens of ours"):
+        Drawer(base, tmp_path, device="cpu")

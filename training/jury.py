@@ -1,0 +1,105 @@
+"""This file is where a run's drawings are looked at on its way, by all ranks in step; rank 0 scores them.
+
+The photos it compares with are those that the autoencoder gives back of the run's own latents: drawings come out of it
+too. What the pristine base draws of the class, for the same prompt and seeds, is where drift is counted from.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from training.batches import Batches
+from training.critic import Critic, Picture, worth
+from training.embedders import embedders_of, open_embedder
+from training.engine import TrainingEngine
+from training.lease import Lease, latent_table
+from training.patience import Look
+from training.pipeline import BaseInfo, load_vae
+from training.png import Pixels
+from training.prompt import CLASS_PROMPT
+from training.recipe import Validate
+from training.samples import Samples
+from training.stop_settings import Stop
+from training.studio import pixels
+
+
+class Jury:
+    """Scores what a run draws.
+
+    Args:
+        lease: The run; its `look_ids` are the prompts of a look, the empty one first and that of the class last.
+        stop: Of its recipe.
+        base: What it is trained from.
+        unet: The pristine base's.
+        text_encoder: Likewise.
+        batches: Tell the rank, the world and the device.
+    """
+
+    def __init__(
+        self,
+        lease: Lease,
+        stop: Stop,
+        base: BaseInfo,
+        unet: nn.Module,
+        text_encoder: nn.Module,
+        batches: Batches,
+    ) -> None:
+        self._lease, self._stop, self._base, self._batches = lease, stop, base, batches
+        own = Validate(
+            prompts=(*stop.prompts, CLASS_PROMPT),
+            num_images=stop.num_images,
+            steps=stop.steps,
+            guidance=lease.recipe.validate_.guidance,
+            unguided=False,
+        )
+        self._samples = Samples(lease, base, text_encoder, batches, own, lease.look_ids)
+        of_class, ids = own.model_copy(update={"prompts": (CLASS_PROMPT,)}), lease.look_ids
+        self._pristine = Samples(lease, base, text_encoder, batches, of_class, [ids[0], ids[-1]])
+        self._unet = unet
+        self._critic: Critic | None = None
+        self._of_base: list[Picture] | None = None  # of the class; drawn at the first look
+
+    def look(self, engine: TrainingEngine, step: int, loss: float | None) -> Look:
+        """Draw with the weights that would be published and score it; every rank gets the same.
+
+        Args:
+            engine: Of the run.
+            step: Steps that it has trained.
+            loss: The validation loss now, if it is known.
+        """
+        if self._of_base is None:
+            self._of_base = self._pictures((CLASS_PROMPT,), self._pristine.of_base(self._unet, engine))
+        drawn = self._pictures((*self._stop.prompts, CLASS_PROMPT), self._samples.images(engine))
+        own, of_class = drawn[: -self._stop.num_images], drawn[-self._stop.num_images :]
+        found: list[Look | None] = [None]
+        if self._batches.rank == 0:
+            self._critic = self._critic or self._new_critic()
+            scores = self._critic.score(own, of_class, self._of_base)
+            dino, clip_t = (scores.metrics[key].value for key in ("dino", "clip_t"))
+            drift = scores.drift.value if scores.drift else 0.0
+            found = [Look(step, worth(scores), dino, clip_t, drift, loss)]
+        if self._batches.world > 1:
+            dist.broadcast_object_list(found, src=0)
+        assert found[0] is not None
+        return found[0]
+
+    def _pictures(self, prompts: Sequence[str], images: Sequence[Pixels] | None) -> list[Picture]:
+        """Drawings with what was asked for; none on ranks that do not decode them."""
+        asked = [(prompt, seed) for prompt in prompts for seed in range(self._stop.num_images)]
+        return [Picture(*one, picture) for one, picture in zip(asked, images, strict=True)] if images else []
+
+    def _new_critic(self) -> Critic:
+        """On the CPU: a few pictures are seen in a moment there, and the device's memory is the run's."""
+        dino, clip = embedders_of(self._base.model, self._stop)
+        noun = str(self._lease.identity["class_noun"])
+        return Critic(self._photos(), noun, open_embedder(dino), open_embedder(clip))
+
+    def _photos(self) -> list[Pixels]:
+        """The photos that are trained, the first variant of each."""
+        table, data = latent_table(self._lease.subject_latents), self._lease.recipe.data
+        assert table is not None
+        rows = table.mean[:: data.images_per_photo][: len(table) // data.images_per_photo - data.holdout]
+        vae, scale = load_vae(self._base), self._base.scaling_factor
+        return [pixels(vae, torch.from_numpy(row) * scale, scale) for row in rows]
