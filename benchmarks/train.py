@@ -94,21 +94,21 @@ def guidance_ratio(rounds: int) -> float:
     """CPU time of guidance in two forwards over that of guidance in one, same images, by the median."""
     import torch
 
-    from training.pipeline import predict
+    from training.conditioning import Conditioning, predict
 
     torch.set_num_threads(1)
     studio = Studio(open_base("pocket"))
     base = studio.base
     x = torch.randn(2, base.latent_channels, base.latent_size, base.latent_size)
     text = torch.randn(2, base.token_limit, studio.unet.config.cross_attention_dim)  # type: ignore[union-attr]
-    steps = torch.tensor([500, 500])
+    told, steps = Conditioning(text), torch.tensor([500, 500])
 
     def one() -> None:
-        predict(studio.unet, x, steps, text)
+        predict(studio.unet, x, steps, told)
 
     def two() -> None:
         for row in range(2):
-            predict(studio.unet, x[row : row + 1], steps[row : row + 1], text[row : row + 1])
+            predict(studio.unet, x[row : row + 1], steps[row : row + 1], told[row : row + 1])
 
     with torch.inference_mode():
         times = [(cpu_of(two), cpu_of(one)) for _ in range(10 * rounds)]

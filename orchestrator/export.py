@@ -14,6 +14,7 @@ from cluster.errors import UserError
 from cluster.registry import Registry
 from cluster.storage import Storage
 from training.artifact import OpenArtifact, open_artifact
+from training.conditioning import trained_parts
 from training.exchange import to_kohya
 from training.lora import CHANGED, FILE, LayerFactors, read_lora, write_adapters
 from training.lora_algebra import Extraction, extract, merge
@@ -39,7 +40,7 @@ from training.singlefile import single_file
 Format = Literal["diffusers", "single-file", "kohya", "comfy"]
 FORMATS: tuple[Format, ...] = ("diffusers", "single-file", "kohya", "comfy")
 Parameters = dict[str, torch.Tensor]
-"""By `unet.NAME` and `text_encoder.NAME`."""
+"""By `PART.NAME`."""
 
 
 @dataclass(frozen=True)
@@ -93,11 +94,13 @@ def export(
         is_lora = (artifact.folder / FILE).is_file()
         _check(name, wanted, is_lora, merged, rank)
         whole = (is_lora and (merged or wanted == "single-file")) or (not is_lora and rank is None)
+        base = open_base(artifact.manifest["base"]["model"], artifact.manifest["base"]["revision"])
+        if whole:
+            _check_base(base, wanted)
         target = _target(out, f"{name}-{found}", folder=wanted == "diffusers")
         tokens = read_tokens(artifact.folder)
         apart = tokens is not None and not (whole and wanted == "diffusers")
         beside = _tokens_target(target, wanted) if apart else None
-        base = open_base(artifact.manifest["base"]["model"], artifact.manifest["base"]["revision"])
         identity = artifact.identity
         prompt = render_prompt("{subject}", identity.class_noun, identity.identifier, identity.template)
         extraction: Extraction | None = None
@@ -107,7 +110,7 @@ def export(
             if rank is not None:
                 extraction = extract(_pristine(base), _parameters(artifact, base), rank)
             adapters = read_lora(artifact.folder) if extraction is None else extraction.adapters
-            _write_lora(artifact, adapters, wanted, target, prompt, extraction is None)
+            _write_lora(artifact, base, adapters, wanted, target, prompt, extraction is None)
             rank = rank or max(f.a.shape[0] for layers in adapters.values() for f in layers.values())
         if tokens and beside:
             save_tokens(tokens, beside, None if wanted == "diffusers" else OF_AUTOMATIC)
@@ -147,6 +150,15 @@ def _check(name: str, wanted: Format, is_lora: bool, merged: bool, rank: int | N
         )
 
 
+def _check_base(base: BaseInfo, wanted: Format) -> None:
+    if base.kind.family != "sd" and wanted != "diffusers":
+        raise UserError(
+            f"{base.model} cannot be written as a single file",
+            f"it is of the family {base.kind.family}, and only bases of Stable Diffusion 1.x are",
+            "use --format diffusers",
+        )
+
+
 def _target(out: Path, stem: str, folder: bool) -> Path:
     """Where to write; nothing is there yet."""
     target = out if folder or out.suffix == ".safetensors" else out / f"{stem}.safetensors"
@@ -168,7 +180,7 @@ def _tokens_target(target: Path, wanted: Format) -> Path:
 
 
 def _pristine(base: BaseInfo) -> Parameters:
-    models = {"unet": load_unet(base), "text_encoder": load_text_encoder(base)}
+    models = trained_parts(load_unet(base), load_text_encoder(base))
     return {
         f"{part}.{name}": p.data for part, model in models.items() for name, p in model.named_parameters()
     }
@@ -201,7 +213,7 @@ def _write_whole(artifact: OpenArtifact, base: BaseInfo, wanted: Format, target:
         save_file(tensors, target, metadata={"format": "pt"})
         return
     unet, text_encoder = load_unet(base), load_text_encoder(base)
-    for part, model in (("unet", unet), ("text_encoder", text_encoder)):
+    for part, model in trained_parts(unet, text_encoder).items():
         for name, parameter in model.named_parameters():
             parameter.data = parameters[f"{part}.{name}"]
     if tokens := read_tokens(artifact.folder):
@@ -214,6 +226,7 @@ def _write_whole(artifact: OpenArtifact, base: BaseInfo, wanted: Format, target:
 
 def _write_lora(
     artifact: OpenArtifact,
+    base: BaseInfo,
     adapters: Mapping[str, Mapping[str, LayerFactors]],
     wanted: Format,
     target: Path,
@@ -238,7 +251,7 @@ def _write_lora(
             "train.lora.dora is true",
             "use --format single-file, which has it merged, or --format diffusers",
         )
-    tensors, metadata = to_kohya(adapters)
+    tensors, metadata = to_kohya(adapters, base.kind.texts)
     manifest: Mapping[str, Any] = artifact.manifest
     told = {
         "ss_sd_model_name": str(manifest["base"]["model"]),

@@ -19,7 +19,7 @@ from training.artifact import Identity, artifact_meta, artifact_path
 from training.exchange import from_exchange
 from training.identifier import choose_identifier
 from training.lora import FILE, write_adapters
-from training.pipeline import load_tokenizer, open_base
+from training.pipeline import load_tokenizer, module_name, open_base
 from training.prompt import TEMPLATE
 from training.shapes import weight_shapes
 
@@ -54,11 +54,8 @@ def import_lora(
     tensors, metadata = _read(path)
     info = open_base(base, revision)
     shapes = {
-        part: {
-            key.removesuffix(".weight").removeprefix("text_model."): s
-            for key, s in weight_shapes(info, part).items()
-        }
-        for part in ("unet", "text_encoder")
+        part: {module_name(info, part, key): s for key, s in weight_shapes(info, part).items()}
+        for part in ("unet", *info.kind.texts)
     }
     adapters = from_exchange(tensors, metadata, shapes, str(path))
     rank = max(f.a.shape[0] for layers in adapters.values() for f in layers.values())
@@ -69,7 +66,7 @@ def import_lora(
             "train": {
                 "method": "lora",
                 "lora": {"rank": rank, "alpha": float(rank), "targets": sorted(adapters.get("unet", {}))},
-                "text_encoder": {"train": "text_encoder" in adapters},
+                "text_encoder": {"train": any(part in adapters for part in info.kind.texts)},
             },
         }
     )

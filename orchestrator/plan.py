@@ -154,5 +154,7 @@ def artifact_size(base: BaseInfo, run: Run) -> tuple[int, int]:
     trained, everything = sizes(base, run.train)
     if run.train.method == "lora":
         return trained, trained * BYTES_PER_WEIGHT
-    copied = (p for part in ("vae", "tokenizer", "scheduler") for p in (base.path / part).glob("*.*"))
+    copied = (
+        p for part in ("vae", *base.kind.tokenizers, "scheduler") for p in (base.path / part).glob("*.*")
+    )
     return trained, everything * BYTES_PER_WEIGHT + sum(p.stat().st_size for p in copied)

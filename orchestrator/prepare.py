@@ -18,12 +18,13 @@ from training.artifact import Identity
 from training.captions import SUFFIX, read_captions
 from training.decisive import decisive
 from training.embedders import embedders_of, find_embedder
+from training.framing import image_sizes
 from training.identifier import Choice, choose_identifier, new_identifier, token_ids_of
 from training.intake import TABLE, Intake, StoredPhotos, read_photos, store_photos
 from training.latents import ImageSet, Shard
 from training.masks import latent_masks
 from training.optimizer_settings import refuse_missing
-from training.pipeline import BaseInfo, load_tokenizer, open_base, token_ids
+from training.pipeline import BaseInfo, load_tokenizer, open_base, token_ids, unsaid_ids
 from training.prior import prior_key
 from training.prompt import CLASS_PROMPT, TEMPLATE, render_prompt
 from training.recipe import Run
@@ -51,6 +52,8 @@ class Prepared:
     """Of the photos' own prompts, in order, or of `train.templates`; empty where all share one."""
     masks: NDArray[np.float32] | None
     """[N, h, w], 0 to 1: where each training image counts; `None` is everywhere."""
+    sizes: NDArray[np.float32] | None
+    """[N, 6], of each training image, of a base that is told them."""
     photo_names: list[str]
     fingerprint: str
     notes: list[str]
@@ -91,9 +94,10 @@ def prepare(run: Run, storage: Storage) -> Prepared:
     subject_prompt = render_prompt(run.train.prompt, noun, choice.identifier)
     class_prompt = render_prompt(run.prior.prompt, noun, None)
     samples = [render_prompt(prompt, noun, choice.identifier) for prompt in run.validate_.prompts]
-    prompts = [subject_prompt, class_prompt, run.prior.negative_prompt, "", *samples]
+    prompts = [subject_prompt, class_prompt, run.prior.negative_prompt, *samples]
     ids = token_ids(tokenizer, prompts, base.token_limit, identity.words).tolist()
     subject_ids, class_ids, _, *sample_ids = ids
+    [unsaid] = unsaid_ids(base, tokenizer).tolist()
     refuse_untrainable(base, run.train)
     refuse_missing(run.train.optimizer)
     trained_scheduler(base.scheduler, run.train.objective)
@@ -117,6 +121,9 @@ def prepare(run: Run, storage: Storage) -> Prepared:
     if objective.mask != "none":
         masks = latent_masks(intake, base.image_size, base.vae_factor, run.data)
         decides.append(sha256(masks.tobytes()))
+    sizes = image_sizes(intake, base.image_size, run.data) if base.kind.sized else None
+    if sizes is not None:
+        decides.append(sha256(sizes.tobytes()))
     if run.train.load_best_at_end:
         decides += [run.checkpoint.every, run.validate_.samples]  # they decide which one is the best
     look_ids: list[list[int]] = []
@@ -124,8 +131,8 @@ def prepare(run: Run, storage: Storage) -> Prepared:
         for embedder in embedders_of(base.model, run.train.stop):
             find_embedder(embedder)
         asked = [render_prompt(prompt, noun, choice.identifier) for prompt in run.train.stop.prompts]
-        asked = ["", *asked, render_prompt(CLASS_PROMPT, noun, None)]
-        look_ids = token_ids(tokenizer, asked, base.token_limit, identity.words).tolist()
+        asked.append(render_prompt(CLASS_PROMPT, noun, None))
+        look_ids = [unsaid, *token_ids(tokenizer, asked, base.token_limit, identity.words).tolist()]
         decides.append(run.validate_.guidance)
     return Prepared(
         run=run,
@@ -134,11 +141,12 @@ def prepare(run: Run, storage: Storage) -> Prepared:
         identity=identity,
         subject_ids=subject_ids,
         class_ids=class_ids,
-        sample_ids=sample_ids if samples else [],
+        sample_ids=[unsaid, *sample_ids] if samples else [],
         look_ids=look_ids,
-        empty_ids=sample_ids[0] if run.train.objective.caption_dropout else [],
+        empty_ids=unsaid if run.train.objective.caption_dropout else [],
         caption_ids=caption_ids,
         masks=masks,
+        sizes=sizes,
         photo_names=[photo.name for photo in intake.photos],
         fingerprint=sha256(json.dumps(decides, sort_keys=True).encode())[:16],
         notes=[*notes, *choice.warnings],

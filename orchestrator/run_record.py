@@ -169,6 +169,7 @@ class RunRecord:
             caption_ids=prepared.caption_ids,
             empty_ids=prepared.empty_ids,
             masks=prepared.masks,
+            sizes=prepared.sizes,
         )
 
     def register(self, metrics: Mapping[str, float], prior_key: str | None, alias: str = CHAMPION) -> None:

@@ -264,6 +264,7 @@ class Trial:
             class_ids=prepared.class_ids,
             identity=prepared.identity.as_json(),
             meta={"fingerprint": prepared.fingerprint, "subject_names": prepared.photo_names},
+            sizes=prepared.sizes,
             sample_ids=prepared.sample_ids,
             until=until,
         )

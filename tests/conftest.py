@@ -14,10 +14,12 @@ import pytest
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
 from hypothesis import settings
 from transformers.models.clip.configuration_clip import CLIPTextConfig
-from transformers.models.clip.modeling_clip import CLIPTextModel
+from transformers.models.clip.modeling_clip import CLIPTextModel, CLIPTextModelWithProjection
 from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
 from cluster.storage import Storage
@@ -44,7 +46,7 @@ WORDS = (
 TOKEN_LIMIT = 32
 
 
-def _tokenizer() -> CLIPTokenizer:
+def _tokenizer(**marks: str) -> CLIPTokenizer:
     """A CLIP tokenizer with every letter, digit and two marks, and each of `WORDS` as a single token."""
     symbols = "abcdefghijklmnopqrstuvwxyz0123456789,."
     merges: list[tuple[str, str]] = []
@@ -60,9 +62,46 @@ def _tokenizer() -> CLIPTokenizer:
     tokens = ["<|startoftext|>", "<|endoftext|>", *symbols, *(f"{s}</w>" for s in symbols)]
     tokens += ["".join(pair) for pair in merges]
     vocab = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
-    tokenizer = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=TOKEN_LIMIT)
+    tokenizer = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=TOKEN_LIMIT, **marks)
     assert [word for word in WORDS if len(tokenizer(word).input_ids) != 3] == []
     return tokenizer
+
+
+_SCHEDULE = {
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+}
+
+
+def _vae() -> AutoencoderKL:
+    return AutoencoderKL(
+        sample_size=16,
+        block_out_channels=(16, 32),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        norm_num_groups=8,
+        scaling_factor=0.31,
+    )
+
+
+def _text_config(tokenizer: CLIPTokenizer, width: int, layers: int = 2) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=64,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        max_position_embeddings=TOKEN_LIMIT,
+        projection_dim=width,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
 
 
 def build_tiny_base(folder: Path, prediction_type: str) -> Path:
@@ -82,38 +121,9 @@ def build_tiny_base(folder: Path, prediction_type: str) -> Path:
             cross_attention_dim=32,
             norm_num_groups=8,
         )
-        vae = AutoencoderKL(
-            sample_size=16,
-            block_out_channels=(16, 32),
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-            latent_channels=4,
-            norm_num_groups=8,
-            scaling_factor=0.31,
-        )
-        text_encoder = CLIPTextModel(
-            CLIPTextConfig(
-                vocab_size=len(tokenizer),
-                hidden_size=32,
-                intermediate_size=64,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                max_position_embeddings=TOKEN_LIMIT,
-                projection_dim=32,
-                bos_token_id=tokenizer.bos_token_id,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
-            )
-        )
-    scheduler = DDIMScheduler(
-        beta_schedule="scaled_linear",
-        beta_start=0.00085,
-        beta_end=0.012,
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-        prediction_type=prediction_type,
-    )
+        vae = _vae()
+        text_encoder = CLIPTextModel(_text_config(tokenizer, width=32))
+    scheduler = DDIMScheduler(**_SCHEDULE, prediction_type=prediction_type)
     unet.save_pretrained(folder / "unet")
     vae.save_pretrained(folder / "vae")
     text_encoder.save_pretrained(folder / "text_encoder")
@@ -136,6 +146,45 @@ def build_tiny_base(folder: Path, prediction_type: str) -> Path:
     return folder
 
 
+def build_tiny_sdxl(folder: Path) -> Path:
+    """Write a random SDXL of 16x16 pixels in diffusers layout, always the same; its tokenizers pad differently."""
+    tokenizers = [_tokenizer(), _tokenizer(pad_token=",")]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        pipe = StableDiffusionXLPipeline(
+            vae=_vae(),
+            text_encoder=CLIPTextModel(_text_config(tokenizers[0], width=32)),
+            text_encoder_2=CLIPTextModelWithProjection(_text_config(tokenizers[1], width=24, layers=3)),
+            tokenizer=tokenizers[0],
+            tokenizer_2=tokenizers[1],
+            unet=UNet2DConditionModel(
+                sample_size=8,
+                layers_per_block=1,
+                block_out_channels=(32, 64),
+                down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+                up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+                attention_head_dim=(2, 4),
+                transformer_layers_per_block=(1, 2),
+                cross_attention_dim=32 + 24,
+                use_linear_projection=True,
+                addition_embed_type="text_time",
+                addition_time_embed_dim=8,
+                projection_class_embeddings_input_dim=24 + 6 * 8,
+                norm_num_groups=8,
+            ),
+            scheduler=EulerDiscreteScheduler(
+                **{k: v for k, v in _SCHEDULE.items() if k not in ("clip_sample", "set_alpha_to_one")},
+                timestep_spacing="leading",
+            ),
+            add_watermarker=False,
+        )
+    pipe.save_pretrained(folder)
+    # as in the true one, whose config has keys of several schedulers
+    path = folder / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **_SCHEDULE, "skip_prk_steps": True}))
+    return folder
+
+
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random base that predicts the noise."""
@@ -146,6 +195,12 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_base_v(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random base that predicts the velocity."""
     return build_tiny_base(tmp_path_factory.mktemp("tiny") / "tiny-base-v", "v_prediction")
+
+
+@pytest.fixture(scope="session")
+def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random SDXL."""
+    return build_tiny_sdxl(tmp_path_factory.mktemp("tiny") / "tiny-sdxl")
 
 
 @pytest.fixture

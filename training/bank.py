@@ -3,7 +3,7 @@
 The rows of a batch are ordered by slot and equally many for each, whether or not it has a run: then every product has
 the same shape to the end, and a slot's bits do not depend on what the others do.
 
-K slots, R rows of a slot, L tokens, D text width.
+K slots, R rows of a slot, L token ids of a prompt.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,12 +16,12 @@ from torch import nn
 from cluster.errors import UserError
 from training.bank_adapters import Adapters
 from training.bank_linear import BankLinear, FrozenLinear
+from training.conditioning import Conditioning, encode_text, predict
 from training.criterion import Criterion
 from training.dataplan import Role
 from training.engine import compute_type
 from training.loop import ResidentBase
 from training.objective import PairBatch
-from training.pipeline import encode_text, predict
 from training.recipe import Run
 from training.schedule import NoiseSchedule, trained_scheduler
 
@@ -70,7 +70,7 @@ class Bank(nn.Module):
         if run.engine.gradient_checkpointing:
             self.unet.enable_gradient_checkpointing()  # type: ignore[operator]
         self.train()
-        self._text: torch.Tensor | None = None
+        self._told: Conditioning | None = None  # columns [K, prompts of a slot, ...]
         self._prompts = torch.zeros(0, dtype=torch.int64)
         self._prior_weights = torch.ones(slots, device=device)
 
@@ -79,22 +79,24 @@ class Bank(nn.Module):
         ids = torch.tensor(prompts, device=self._scales.device)
         with torch.no_grad():
             encoded = encode_text(self._text_encoder, ids)
-        if self._text is None:
-            self._text = encoded.new_zeros(self._slots, 0, *encoded.shape[1:])
+        if self._told is None:
+            self._told = encoded.map(lambda one: one.new_zeros(self._slots, 0, *one.shape[1:]))
             self._prompts = ids.new_full((self._slots, 0, ids.shape[1]), -1)
         if (
             more := len(ids) - self._prompts.shape[1]
         ) > 0:  # runs may have captions of their own, as many as photos
-            self._text = torch.cat([self._text, encoded.new_zeros(self._slots, more, *encoded.shape[1:])], 1)
+            room = encoded.map(lambda one: one.new_zeros(self._slots, more, *one.shape[1:]))
+            self._told = Conditioning.cat([self._told, room], dim=1)
             nothing = ids.new_full((self._slots, more, ids.shape[1]), -1)
             self._prompts = torch.cat([self._prompts, nothing], 1)
-        self._text[slot, : len(encoded)], self._prompts[slot, : len(ids)] = encoded, ids
+        self._told[slot, : len(encoded)].copy_(encoded)
+        self._prompts[slot, : len(ids)] = ids
         self._prior_weights[slot] = run.prior.weight or 1.0
         self._scales[slot] = run.train.lora.alpha / run.train.lora.rank
 
     def forward(self, batch: PairBatch) -> BankLosses:
         """The losses of K * R rows; backward from the sum of `loss` writes `adapters.gradients`."""
-        assert self._text is not None  # some slot has a run
+        assert self._told is not None  # some slot has a run
         shown = batch.noise if batch.shown_noise is None else batch.shown_noise
         noisy = self._schedule.add_noise(batch.latents, shown, batch.timesteps)
         if noisy.device.type == "cpu":
@@ -103,7 +105,8 @@ class Bank(nn.Module):
         prompt = (batch.token_ids[:, None] == self._prompts[slot]).all(dim=2).int().argmax(dim=1)
         kind = noisy.device.type
         with nullcontext() if self._autocast is None else torch.autocast(kind, self._autocast):
-            prediction = predict(self.unet, noisy, batch.timesteps, self._text[slot, prompt])
+            told = self._told[slot, prompt].of_sizes(batch.sizes)
+            prediction = predict(self.unet, noisy, batch.timesteps, told)
         target = self._schedule.target(batch.latents, batch.noise, batch.timesteps)
         weighted = (self._criterion.row_losses(prediction, target, batch.timesteps) * batch.weight).view(
             self._slots, -1

@@ -7,20 +7,14 @@ import re
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 from cluster.errors import UserError
 from cluster.storage import sha256_file
+from training.basekind import FOLDERS, BaseKind
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-# Per part: the class that must be named in its config.json, and the name of its weights.
-PARTS = {
-    "unet": ("UNet2DConditionModel", "diffusion_pytorch_model"),
-    "vae": ("AutoencoderKL", "diffusion_pytorch_model"),
-    "text_encoder": ("CLIPTextModel", "model"),
-}
-_FOLDERS = (*PARTS, "tokenizer", "scheduler")
 _PLAIN = ("*.json", "*.txt", "*.safetensors")
 _VARIANTS = ["*.fp16.safetensors", "*.non_ema.safetensors"]
 
@@ -56,6 +50,22 @@ def locate(model: str, revision: str | None, shipped: Path | None = None) -> tup
     return folder, found
 
 
+def glance(model: str, revision: str | None) -> dict[str, Any] | None:
+    """The model_index.json of a base that is here, in a folder or in the hub's cache; `None` where there is none."""
+    file: Any = Path(model).expanduser() / "model_index.json"
+    if not file.is_file():
+        if not _HUB_ID.fullmatch(model):
+            return None
+        file = try_to_load_from_cache(model, "model_index.json", revision=revision)
+        if not isinstance(file, str):
+            return None
+    try:
+        index = json.loads(Path(file).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return index if isinstance(index, dict) else None
+
+
 def locate_model(model: str, what: str) -> Path:
     """The local folder of a single model, such as one that embeds: a folder, or a hub id (`HUB_ID@REV`).
 
@@ -79,7 +89,7 @@ def _snapshot(
     model: str, revision: str | None, patterns: list[str] | None = None, what: str = "base"
 ) -> Path:
     """The local snapshot of a hub id; downloaded only when it is not cached."""
-    plain = [f"{part}/{pattern}" for part in _FOLDERS for pattern in _PLAIN]
+    plain = [f"{part}/{pattern}" for part in FOLDERS for pattern in _PLAIN]
     wanted: dict[str, Any] = {
         "revision": revision,
         "allow_patterns": patterns or ["model_index.json", *plain],
@@ -123,19 +133,19 @@ def _hash_files(folder: Path, stats: tuple[tuple[Path, int, int], ...]) -> str:
 
 def used_files(folder: Path) -> list[Path]:
     """The files of a base that are read, sorted."""
-    parts = (folder / name for name in _FOLDERS)
+    parts = (folder / name for name in FOLDERS)
     found = [f for part in parts for pattern in _PLAIN for f in part.glob(pattern)]
     kept = [f for f in found if not any(f.match(variant) for variant in _VARIANTS)]
     return sorted([folder / "model_index.json", *kept])
 
 
-def part_config(folder: Path, part: str, model: str) -> dict[str, Any]:
-    """The config of a part of a base (`PARTS`), its class and its weights checked.
+def part_config(folder: Path, part: str, model: str, kind: BaseKind) -> dict[str, Any]:
+    """The config of a part of a base of a kind, its class and its weights checked.
 
     Raises:
         UserError: The part is missing, of another class, or has no safetensors weights.
     """
-    expected, weights = PARTS[part]
+    expected, weights = kind.parts[part]
     if not (folder / part).is_dir():
         folders = ", ".join(sorted(p.name for p in folder.iterdir() if p.is_dir()))
         raise UserError(
@@ -146,12 +156,12 @@ def part_config(folder: Path, part: str, model: str) -> dict[str, Any]:
     config = read_json(folder / part / "config.json", model)
     architectures = config.get("architectures") or [None]
     named = config.get("_class_name", architectures[0])
-    # Other members of the family: SDXL conditions on sizes, LCM on the guidance, inpainting on an image.
-    foreign = [
-        key for key in ("addition_embed_type", "time_cond_proj_dim", "use_attention_mask") if config.get(key)
-    ]
+    # Other members of the family: LCM conditions on the guidance, inpainting on an image; some scale each channel.
+    foreign = [key for key in ("time_cond_proj_dim", "use_attention_mask", "latents_mean") if config.get(key)]
     if part == "unet" and config.get("in_channels") != config.get("out_channels"):
         foreign.append("in_channels")
+    if part == "unet" and config.get("addition_embed_type") != kind.addition:
+        foreign.append("addition_embed_type")
     if named != expected or foreign:
         raise UserError(
             f"the {part} of the base {model} is of an unknown kind",

@@ -1,6 +1,6 @@
 """This file is where a step's rows become tensors: the plan says which, the latent tables hold them.
 
-B rows, C latent channels, h w latent size, L tokens.
+B rows, C latent channels, h w latent size, L token ids of a prompt.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from cluster.errors import SystemFailure, UserError
+from training.conditioning import whole_frame
 from training.dataplan import DataPlan, PlanRow, Role
 from training.lease import LatentTable, Lease, latent_table
 from training.objective import PairBatch
@@ -45,6 +46,8 @@ class Batches:
     """How many further prompts the subject has, the first of them after the class's."""
     masks: NDArray[np.float32] | None = None
     """[N, h, w], of the rows of the subject's table."""
+    sizes: Sequence[NDArray[np.float32]] | None = None
+    """float32 [n, 6] of the rows of each table, of a base that is told sizes."""
 
     @classmethod
     def of(cls, lease: Lease, base: BaseInfo, device: torch.device, rank: int, world: int) -> "Batches":
@@ -59,6 +62,7 @@ class Batches:
         if subject is None:
             raise SystemFailure(f"the lease of {lease.name} has no latents")
         held_out = run.data.holdout * run.data.images_per_photo
+        sizes = _sizes(lease, base, len(subject), of_class) if base.kind.sized else None
         if run.prior.target == "base" and run.prior.weight > 0:
             # the class's rows are the subject's, with another prompt
             of_class = LatentTable(*(part[: len(subject) - held_out] for part in (subject.mean, subject.std)))
@@ -94,6 +98,7 @@ class Batches:
             ],
             len(run.train.templates),
             lease.masks,
+            sizes,
         )
 
     def of_step(self, step: int) -> Iterator[PairBatch]:
@@ -134,6 +139,7 @@ class Batches:
             sample_index=torch.tensor([row.sample_index for row in rows]),
             shown_noise=shown,
             mask=self._mask(rows),
+            sizes=self._sizes(rows),
         ).to(self.device)
 
     def _noise(self, sample_index: int, wanted: Objective) -> NDArray[np.float32]:
@@ -163,6 +169,12 @@ class Batches:
         found = [self.masks[row.table_row] if row.role is Role.SUBJECT else whole for row in rows]
         return torch.from_numpy(np.stack(found))[:, None]
 
+    def _sizes(self, rows: Sequence[PlanRow]) -> torch.Tensor | None:
+        """The sizes of rows, float32 [B, 6]."""
+        if self.sizes is None:
+            return None
+        return torch.from_numpy(np.stack([self.sizes[row.role][row.table_row] for row in rows]))
+
     @property
     def _shape(self) -> tuple[int, ...]:
         """(C, h, w)."""
@@ -178,3 +190,15 @@ class Batches:
         return (mean + std * self.plan.posterior_noise(row.sample_index, self._shape)) * np.float32(
             self.scaling_factor
         )
+
+
+def _sizes(
+    lease: Lease, base: BaseInfo, subject_rows: int, of_class: LatentTable | None
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """The sizes of the subject's and the class's rows, float32 [n, 6] each.
+
+    Class images were drawn at the base's own size and are all there; without them, the class's rows are the subject's.
+    """
+    own = np.asarray([whole_frame(base.image_size, base.image_size)], np.float32)
+    subject = np.repeat(own, subject_rows, axis=0) if lease.sizes is None else lease.sizes
+    return subject, subject if of_class is None else np.repeat(own, len(of_class), axis=0)

@@ -21,7 +21,7 @@ def memory_ceiling(base: BaseInfo, run: Run, device: str) -> int:
 
     It takes every layer to see the latents at their full size and every row to be one worker's.
     """
-    parts = {part: weight_shapes(base, part) for part in ("unet", "text_encoder", "vae")}
+    parts = {part: weight_shapes(base, part) for part in base.kind.parts}
     parameters = 1.1 * sum(
         math.prod(shape) for shapes in parts.values() for shape in shapes.values()
     )  # and biases
@@ -31,7 +31,7 @@ def memory_ceiling(base: BaseInfo, run: Run, device: str) -> int:
         * OUTPUTS
         * (
             pixels * sum(shape[0] for shape in parts["unet"].values())
-            + base.token_limit * sum(shape[0] for shape in parts["text_encoder"].values())
+            + base.token_limit * sum(shape[0] for part in base.kind.texts for shape in parts[part].values())
         )
     )
     scores = (

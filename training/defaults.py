@@ -3,9 +3,11 @@
 Sources: the DreamBooth paper, diffusers' recommendations, and for `pocket` our own runs.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
+from training.basekind import KINDS
 from training.recipe import ATTENTION, Method
 from training.section import merge
 
@@ -13,6 +15,18 @@ DEFAULTS: Mapping[tuple[str, Method], Mapping[str, Any]] = {
     ("sd", "lora"): {},
     ("sd", "full"): {
         "train": {"lr": 2e-6, "pairs_per_step": 2, "text_encoder": {"train": True, "lr": 2e-6}},
+    },
+    # guidance 5 is what diffusers' pipeline of SDXL takes; at 1024 pixels activations are what fills a GPU
+    ("sdxl", "lora"): {
+        "prior": {"guidance": 5.0},
+        "engine": {"gradient_checkpointing": True},
+        "validate": {"guidance": 5.0},
+    },
+    ("sdxl", "full"): {
+        "prior": {"guidance": 5.0},
+        "train": {"lr": 2e-6},
+        "engine": {"gradient_checkpointing": True},
+        "validate": {"guidance": 5.0},
     },
     ("pocket", "lora"): {
         "prior": {"num_images": 32, "steps": 25, "guidance": 4.0},
@@ -45,19 +59,33 @@ OF_OPTIMIZER: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-def base_family(model: str) -> str:
-    """The family whose defaults apply to a base: `pocket`, or `sd` for any Stable Diffusion 1.x/2.x."""
-    return "pocket" if model == "pocket" else "sd"
+_NAMED_XL = re.compile(r"(?:^|[^a-z])(?:sd)?xl(?:[^a-z]|$)", re.IGNORECASE)
+
+
+def base_family(model: str, revision: str | None = None) -> str:
+    """The family whose defaults apply to a base: `pocket`, `sd` for any Stable Diffusion 1.x/2.x, or `sdxl`.
+
+    It is that of the base's model_index.json; a base that is not here (yet) is of what its name says.
+    """
+    if model == "pocket":
+        return "pocket"
+    from training.basefolder import glance  # which imports the hub's client
+
+    index = glance(model, revision)
+    if index is None:
+        return "sdxl" if _NAMED_XL.search(model) else "sd"
+    return next((kind.family for kind in KINDS if kind.pipeline == index.get("_class_name")), "sd")
 
 
 def with_defaults(raw: Mapping[str, Any]) -> dict[str, Any]:
     """`raw` laid over the defaults of its base family, method and optimizer; not yet validated."""
     base, train = raw.get("base"), raw.get("train")
-    model = base.get("model", "pocket") if isinstance(base, Mapping) else "pocket"
+    at = base if isinstance(base, Mapping) else {}
     method = train.get("method", "lora") if isinstance(train, Mapping) else "lora"
     optimizer = train.get("optimizer") if isinstance(train, Mapping) else None
     named = optimizer.get("name") if isinstance(optimizer, Mapping) else None
-    family = base_family(str(model))
+    revision = at.get("revision")
+    family = base_family(str(at.get("model", "pocket")), revision if isinstance(revision, str) else None)
     table: dict[str, Mapping[str, Any]] = {
         name: d for (owner, name), d in DEFAULTS.items() if owner == family
     }

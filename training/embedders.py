@@ -27,8 +27,10 @@ from training.stop_settings import Stop
 BATCH = 32  # pictures of a forward: bounds memory; the speed is the same from 16 on
 POCKET = "pocket"
 # of the paper: DINO ViT-S/16 and CLIP ViT-B/32
+_PAPER = ("facebook/dino-vits16", "openai/clip-vit-base-patch32")
 DEFAULTS = {
-    "sd": ("facebook/dino-vits16", "openai/clip-vit-base-patch32"),
+    "sd": _PAPER,
+    "sdxl": _PAPER,
     "pocket": (POCKET, POCKET),
 }
 _KINDS = ("clip", "vit", "dinov2", "dinov2_with_registers", "dinov3_vit")

@@ -1,12 +1,12 @@
 """This file is where LoRAs take the form in which other programs write and read them: kohya's names, diffusers' names.
 
-Parts are `unet` and `text_encoder`, layers the names of their modules; the names of a file are found among those of the
-base, so that nothing is guessed. d_in and d_out are the width of a layer, r a rank.
+Parts are `unet`, `text_encoder` and SDXL's `text_encoder_2`, layers the names of their modules; the names of a file are
+found among those of the base, so that nothing is guessed. d_in and d_out are the width of a layer, r a rank.
 """
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,7 @@ from training.lora import LayerFactors
 
 Adapters = Mapping[str, Mapping[str, LayerFactors]]
 """By part and layer."""
-_PREFIXES = {"unet": "lora_unet_", "text_encoder": "lora_te_"}
+_UNET = "lora_unet_"
 _TEXT = "text_model."  # which a text encoder's layers have before them in files
 _FACTOR = re.compile(
     r"\.(lora_A|lora_B|lora_down|lora_up|lora\.down|lora\.up|alpha)(?:\.default)?(?:\.weight)?$"
@@ -30,12 +30,24 @@ _OTHER_KINDS = {
 }
 
 
-def to_kohya(adapters: Adapters) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def _prefixes(texts: Sequence[str]) -> dict[str, str]:
+    """What kohya's names begin with, by part: text encoders have a number where there are several."""
+    numbers = range(1, len(texts) + 1) if len(texts) > 1 else ("",)
+    return {"unet": _UNET} | {part: f"lora_te{number}_" for part, number in zip(texts, numbers, strict=True)}
+
+
+def to_kohya(
+    adapters: Adapters, texts: Sequence[str] = ("text_encoder",)
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Tensors and metadata of the file that kohya's scripts, ComfyUI and AUTOMATIC1111 read.
+
+    The layers of a UNet have diffusers' names in it, as in files of diffusers' scripts.
 
     Args:
         adapters: The LoRA.
+        texts: The base's text encoders, in order.
     """
+    prefixes = _prefixes(texts)
     tensors: dict[str, torch.Tensor] = {}
     ranks: set[int] = set()
     for part, layers in adapters.items():
@@ -43,7 +55,7 @@ def to_kohya(adapters: Adapters) -> tuple[dict[str, torch.Tensor], dict[str, str
             rank = factors.a.shape[0]
             ranks.add(rank)
             key = (
-                _PREFIXES[part]
+                prefixes[part]
                 + (_TEXT if part == "text_encoder" else "").replace(".", "_")
                 + layer.replace(".", "_")
             )
@@ -84,8 +96,9 @@ def from_exchange(
     Raises:
         UserError: It is no LoRA, or it does not fit the base.
     """
-    names = {part: _names(part, layers) for part, layers in shapes.items()}
-    alphas = _alphas(metadata)
+    prefixes = _prefixes([part for part in shapes if part != "unet"])
+    names = {part: _names(part, prefixes[part], layers) for part, layers in shapes.items()}
+    alphas = _alphas(metadata, shapes)
     found: dict[tuple[str, str], _Found] = {}
     for key, tensor in tensors.items():
         part, layer, factor = _place(key, names, file)
@@ -115,13 +128,13 @@ def from_exchange(
     return adapters
 
 
-def _names(part: str, layers: Iterable[str]) -> dict[str, str]:
+def _names(part: str, kohyas: str, layers: Iterable[str]) -> dict[str, str]:
     """Layers by every name that a file may have for them."""
     prefixes = ("", _TEXT) if part == "text_encoder" else ("",)
     out = {}
     for layer in layers:
         for prefix in prefixes:
-            out[_PREFIXES[part] + (prefix + layer).replace(".", "_")] = layer
+            out[kohyas + (prefix + layer).replace(".", "_")] = layer
             out[f"{part}.{prefix}{layer}"] = layer
     return out
 
@@ -146,14 +159,14 @@ def _place(key: str, names: Mapping[str, Mapping[str, str]], file: str) -> tuple
     raise UserError(
         f"{file} does not fit the base",
         f"there is nowhere to put {key}",
-        "name the base that it was trained from with --base; it is a Stable Diffusion 1.x/2.x",
+        "name the base that it was trained from with --base; of an SDXL's give a file whose UNet has diffusers' names",
     )
 
 
-def _alphas(metadata: Mapping[str, str]) -> dict[str, float]:
+def _alphas(metadata: Mapping[str, str], parts: Iterable[str]) -> dict[str, float]:
     """Alpha of each part, where diffusers keeps it."""
     config = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-    return {part: float(config[f"{part}.lora_alpha"]) for part in _PREFIXES if f"{part}.lora_alpha" in config}
+    return {part: float(config[f"{part}.lora_alpha"]) for part in parts if f"{part}.lora_alpha" in config}
 
 
 def _as_layer(

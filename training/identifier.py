@@ -37,7 +37,8 @@ def choose_identifier(tokenizer: Any, wanted: str, class_noun: str) -> Choice:
     """The identifier of a subject. It depends on the tokenizer and the class noun alone: not on name or time.
 
     Args:
-        tokenizer: The base's CLIP tokenizer.
+        tokenizer: The base's CLIP tokenizer, or a tuple of them: the word is chosen by the first, and the others, where
+            they know other words, must know it too.
         wanted: `auto`, or the user's own word.
         class_noun: The subject's class; one the tokenizer does not hold as a word is a warning.
 
@@ -45,6 +46,8 @@ def choose_identifier(tokenizer: Any, wanted: str, class_noun: str) -> Choice:
         UserError: The word cannot be spelled by the tokenizer, is longer than four tokens, or has braces; or
             `auto` finds no rare word.
     """
+    if isinstance(tokenizer, tuple):
+        return _of_all(tokenizer, wanted, class_noun)
     warnings = _class_warnings(tokenizer, class_noun)
     if wanted == "auto":
         word = _rare_word(tokenizer, class_noun)
@@ -75,6 +78,16 @@ def choose_identifier(tokenizer: Any, wanted: str, class_noun: str) -> Choice:
             f"the identifier {wanted!r} is a frequent word of the base; a rare one learns the subject better"
         )
     return Choice(wanted, ids, warnings)
+
+
+def _of_all(tokenizers: tuple[Any, ...], wanted: str, class_noun: str) -> Choice:
+    first, *others = tokenizers
+    choice = choose_identifier(first, wanted, class_noun)
+    told = list(choice.warnings)
+    for other in others:
+        if other.get_vocab() != first.get_vocab():
+            told += choose_identifier(other, choice.identifier, class_noun).warnings
+    return Choice(choice.identifier, choice.token_ids, list(dict.fromkeys(told)))
 
 
 def new_identifier(tokenizer: Any, wanted: str, class_noun: str, count: int) -> Choice:

@@ -53,6 +53,10 @@ class Photo:
     height: int
     mask: bytes = b""
     """Where it counts, a grey PNG of the same size; empty is everywhere."""
+    original: tuple[int, int] = (0, 0)
+    """Height and width of the photo as it was given, upright."""
+    cut: tuple[int, int] = (0, 0)
+    """Rows and columns of the stored size that were cut off above and to the left."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +149,7 @@ def _read_photo(
         except Exception as error:  # a decoder may raise anything on damaged bytes
             raise _damaged(file, error) from error
     image, cut = _shrink(upright, image_size)
-    if cut:
+    if max(upright.size) > MAX_ASPECT * min(upright.size):
         notes.append(f"{entry.name} is longer than {MAX_ASPECT}:1, its middle is used")
     out = io.BytesIO()
     image.save(out, "PNG")
@@ -156,7 +160,8 @@ def _read_photo(
         shown = io.BytesIO()
         _shrink(grey, image_size)[0].save(shown, "PNG")
         where = shown.getvalue()
-    return Photo(entry.name, sha256(data), pixels, out.getvalue(), *image.size, where)
+    original = (upright.height, upright.width)
+    return Photo(entry.name, sha256(data), pixels, out.getvalue(), *image.size, where, original, cut)
 
 
 def _open(file: str, data: bytes) -> ImageFile:
@@ -211,14 +216,17 @@ def _rgb(image: Image.Image) -> Image.Image:
     return canvas
 
 
-def _shrink(image: Image.Image, image_size: int) -> tuple[Image.Image, bool]:
-    """The short side scaled to `image_size`; the long side follows, cut to its middle above `MAX_ASPECT`."""
+def _shrink(image: Image.Image, image_size: int) -> tuple[Image.Image, tuple[int, int]]:
+    """The short side scaled to `image_size`; the long side follows, cut to its middle above `MAX_ASPECT`.
+
+    The second value is what was cut off above and to the left, in pixels of the new size.
+    """
     short, long = min(image.size), min(max(image.size), MAX_ASPECT * min(image.size))
     width, height = (min(side, long) for side in image.size)
     left, top = (image.width - width) / 2, (image.height - height) / 2
     size = (round(width * image_size / short), round(height * image_size / short))
     shrunk = image.resize(size, Image.Resampling.LANCZOS, box=(left, top, left + width, top + height))
-    return shrunk, long < max(image.size)
+    return shrunk, (round(top * image_size / short), round(left * image_size / short))
 
 
 def store_photos(storage: Storage, name: str, intake: Intake, image_size: int) -> StoredPhotos:
@@ -255,11 +263,8 @@ def crops(png: bytes, image_size: int, data: Data) -> list[NDArray[np.uint8]]:
     """
     with PngImageFile(io.BytesIO(png)) as image:
         pixels = np.asarray(image)
-    spare = max(pixels.shape[:2]) - image_size
-    only = {"start": 0, "center": spare // 2, "end": spare}[data.crop]
-    offsets = [only] if data.variants == 1 else np.linspace(0, spare, data.variants).round().astype(int)
     out = []
-    for number, offset in enumerate(offsets):
+    for number, offset in enumerate(offsets(max(pixels.shape[:2]) - image_size, data)):
         rows, columns = (
             slice(offset, offset + image_size) if side > image_size else slice(0, image_size)
             for side in pixels.shape[:2]
@@ -271,6 +276,13 @@ def crops(png: bytes, image_size: int, data: Data) -> list[NDArray[np.uint8]]:
             square = _recoloured(square, data.color, number)
         out += [square, square[:, ::-1]] if data.flip else [square]
     return out
+
+
+def offsets(spare: int, data: Data) -> list[int]:
+    """Where the squares of a photo begin along its long side, which is `spare` pixels longer than they are."""
+    if data.variants == 1:
+        return [{"start": 0, "center": spare // 2, "end": spare}[data.crop]]
+    return [int(offset) for offset in np.linspace(0, spare, data.variants).round()]
 
 
 def _turned(pixels: NDArray[np.uint8], most: float, number: int) -> NDArray[np.uint8]:

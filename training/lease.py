@@ -56,6 +56,8 @@ class Lease:
     """Token ids of the empty prompt, where captions are dropped."""
     masks: NDArray[np.float32] | None = None
     """[N, h, w], 0 to 1: where each row of the subject's latents counts; `None` is everywhere."""
+    sizes: NDArray[np.float32] | None = None
+    """[N, 6], of each row of the subject's latents: `Conditioning.sizes`. `None` is pictures of the base's own size."""
     sample_ids: Sequence[Sequence[int]] = ()
     """Token ids of the empty prompt and of each of the sample grid; empty where no grid is drawn."""
     look_ids: Sequence[Sequence[int]] = ()

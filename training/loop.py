@@ -15,6 +15,7 @@ from training import checkpoint
 from training.artifact import Identity, artifact_path
 from training.batches import Batches
 from training.checkpoint import ROWS
+from training.conditioning import leave_unread
 from training.dataplan import Role
 from training.engine import TrainingEngine, compute_type, zero_stage
 from training.figures import Figures, Report, rows_kept
@@ -141,6 +142,7 @@ def build_module(base: ResidentBase, run: Run, lease: Lease, stage: int) -> Drea
     else:
         unet.requires_grad_(True)
         text_encoder.requires_grad_(train.text_encoder.train)
+    leave_unread(text_encoder)
     pristine = base.text_encoder
     if train.new_tokens.count:
         identity = Identity.from_json(lease.identity)

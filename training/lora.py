@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from cluster.errors import SystemFailure, UserError
+from training.conditioning import text_parts, trained_parts
 from training.recipe import Lora
 
 ADAPTER = "default"
@@ -36,7 +37,7 @@ def attach(unet: nn.Module, text_encoder: nn.Module, lora: Lora, train_text: boo
 
     Args:
         unet: Of the base, without adapters.
-        text_encoder: Of the base; gets adapters when `train_text`.
+        text_encoder: Of the base; gets adapters when `train_text`, in each of its models.
         lora: Rank, alpha and targets.
         train_text: Whether the text encoder is trained too.
         seed: Of A; each module's values depend on the seed and the module's name alone.
@@ -48,7 +49,8 @@ def attach(unet: nn.Module, text_encoder: nn.Module, lora: Lora, train_text: boo
     text_encoder.requires_grad_(False)
     _attach(unet, "unet", lora.targets, "train.lora.targets", lora, seed)
     if train_text:
-        _attach(text_encoder, "text_encoder", lora.text_targets, "train.lora.text_targets", lora, seed)
+        for part, model in text_parts(text_encoder).items():
+            _attach(model, part, lora.text_targets, "train.lora.text_targets", lora, seed)
 
 
 def save_lora(unet: nn.Module, text_encoder: nn.Module | None, folder: Path, lora: Lora) -> None:
@@ -60,7 +62,6 @@ def save_lora(unet: nn.Module, text_encoder: nn.Module | None, folder: Path, lor
         folder: Where to; made if it is not there.
         lora: The rank and alpha they were attached with.
     """
-    parts = {"unet": unet} | ({} if text_encoder is None else {"text_encoder": text_encoder})
     adapters = {
         prefix: {
             name: {
@@ -70,7 +71,7 @@ def save_lora(unet: nn.Module, text_encoder: nn.Module | None, folder: Path, lor
             }
             for name, layer in _layers(model)
         }
-        for prefix, model in parts.items()
+        for prefix, model in _parts(unet, text_encoder).items()
     }
     write_adapters(adapters, folder, lora)
 
@@ -78,8 +79,8 @@ def save_lora(unet: nn.Module, text_encoder: nn.Module | None, folder: Path, lor
 def save_changed(unet: nn.Module, text_encoder: nn.Module | None, folder: Path) -> None:
     """Write the weights of the adapted layers as their adapters make them, for kinds that no other format has."""
     tensors = {}
-    for part, model in {"unet": unet, "text_encoder": text_encoder}.items():
-        for name, layer in _layers(model) if model else ():
+    for part, model in _parts(unet, text_encoder).items():
+        for name, layer in _layers(model):
             whole = copy.deepcopy(layer)  # the frozen weights are the base's
             whole.merge()
             tensors[f"{part}.{name}.weight"] = (
@@ -92,7 +93,7 @@ def save_changed(unet: nn.Module, text_encoder: nn.Module | None, folder: Path) 
 def write_adapters(
     adapters: Mapping[str, Mapping[str, Mapping[str, torch.Tensor]]], folder: Path, lora: Lora
 ) -> None:
-    """Write adapters as `save_lora`: by model (`unet`, `text_encoder`), layer and factor (`A`, `B`, DoRA's `M`)."""
+    """Write adapters as `save_lora`: by part (`unet`, `text_encoder`), layer and factor (`A`, `B`, DoRA's `M`)."""
     tensors: dict[str, torch.Tensor] = {}
     metadata: dict[str, Any] = {}
     for prefix, layers in adapters.items():
@@ -120,7 +121,7 @@ def fresh_a(seed: int, layer: str, shape: Sequence[int]) -> torch.Tensor:
 
     Args:
         seed: Of the run.
-        layer: Its name, with `unet.` or `text_encoder.` before it.
+        layer: Its name, with that of its part before it.
         shape: [rank, ...].
     """
     digest = hashlib.sha256(f"{seed}/{layer}".encode()).digest()
@@ -145,7 +146,7 @@ class LayerFactors:
 
 
 def read_lora(folder: Path) -> dict[str, dict[str, LayerFactors]]:
-    """The adapters that `save_lora` wrote: by model (`unet`, `text_encoder`) and layer.
+    """The adapters that `save_lora` wrote: by part (`unet`, `text_encoder`, SDXL's `text_encoder_2`) and layer.
 
     Raises:
         SystemFailure: The file is not one of ours.
@@ -154,9 +155,8 @@ def read_lora(folder: Path) -> dict[str, dict[str, LayerFactors]]:
         metadata = json.loads((file.metadata() or {}).get(_METADATA, "{}"))
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is no mapping)
     found: dict[str, dict[str, LayerFactors]] = {}
-    for prefix in ("unet", "text_encoder"):
-        if f"{prefix}.r" not in metadata:
-            continue
+    parts = (key.removesuffix(".r") for key in metadata if key.endswith(".r"))
+    for prefix in sorted(parts, key=lambda part: (part != "unet", part)):
         scale = metadata[f"{prefix}.lora_alpha"] / metadata[f"{prefix}.r"]
         names = sorted(n for n in tensors if n.startswith(f"{prefix}.") and n.endswith(".lora_A.weight"))
         layers = [name.removeprefix(f"{prefix}.").removesuffix(".lora_A.weight") for name in names]
@@ -176,6 +176,10 @@ def read_lora(folder: Path) -> dict[str, dict[str, LayerFactors]]:
         seen = f"nowhere to put {min(tensors)}" if tensors else "it says nothing of rank and alpha"
         raise SystemFailure(f"{folder / FILE} is no adapter of ours", seen)
     return found
+
+
+def _parts(unet: nn.Module, text_encoder: nn.Module | None) -> dict[str, nn.Module]:
+    return {"unet": unet} if text_encoder is None else trained_parts(unet, text_encoder)
 
 
 def _attach(

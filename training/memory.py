@@ -184,7 +184,7 @@ def _live_in_step(
     schedule = NoiseSchedule.from_config(base.scheduler)
     with FakeTensorMode(allow_non_fake_inputs=True):
         unet, text_encoder = (part.to_empty(device="cpu") for part in shapes)
-        prompts = torch.empty(2, base.token_limit, dtype=torch.int64)
+        prompts = torch.empty(2, base.prompt_ids, dtype=torch.int64)
         compute = torch.bfloat16 if lower else None
         module = DreamBoothModule(unet, text_encoder, prompts, schedule, run.prior.weight, compute).train()
         if engine.gradient_checkpointing:
@@ -228,8 +228,9 @@ def _empty_batch(base: BaseInfo, rows: int) -> PairBatch:
     """A batch that has a size and no content."""
     latents = torch.empty(rows, base.latent_channels, base.latent_size, base.latent_size)
     numbers = torch.empty(rows, dtype=torch.int64)
-    ids = torch.empty(rows, base.token_limit, dtype=torch.int64)
-    return PairBatch(latents, latents, numbers, ids, numbers, torch.empty(rows), numbers)
+    ids = torch.empty(rows, base.prompt_ids, dtype=torch.int64)
+    sizes = torch.empty(rows, 6) if base.kind.sized else None
+    return PairBatch(latents, latents, numbers, ids, numbers, torch.empty(rows), numbers, sizes=sizes)
 
 
 def _norms_in_fp32(module: nn.Module) -> None:

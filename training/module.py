@@ -2,7 +2,7 @@
 
 One module, because DeepSpeed takes one model, and because ZeRO-3 gathers weights in hooks of the forward pass.
 
-B rows, K prompts, C latent channels, H W latent size, L tokens, D text width.
+B rows, K prompts, C latent channels, H W latent size, L token ids of a prompt.
 """
 
 from collections.abc import Mapping
@@ -12,12 +12,12 @@ from typing import cast
 import torch
 from torch import nn
 
+from training.conditioning import Conditioning, encode_text, predict
 from training.criterion import Criterion
 from training.dataplan import Role
 from training.new_tokens import learned
 from training.objective import PairBatch, dreambooth_loss
 from training.objective_settings import Objective
-from training.pipeline import encode_text, predict
 from training.schedule import NoiseSchedule
 from training.teacher import Teacher
 
@@ -65,10 +65,12 @@ class DreamBoothModule(nn.Module):
         self.text_encoder = text_encoder if trained else None
         self.prompts: torch.Tensor
         self.text: torch.Tensor | None
+        self.pooled: torch.Tensor | None
         self.register_buffer("prompts", prompts, persistent=False)
         with torch.no_grad():
             cached = None if trained else encode_text(text_encoder, prompts)
-        self.register_buffer("text", cached, persistent=False)
+        self.register_buffer("text", cached.text if cached else None, persistent=False)
+        self.register_buffer("pooled", cached.pooled if cached else None, persistent=False)
 
     def parameter_groups(self) -> Mapping[str, list[nn.Parameter]]:
         """Trained parameters of each part, in a fixed order; a part without any is left out."""
@@ -93,14 +95,20 @@ class DreamBoothModule(nn.Module):
         shown = batch.noise if batch.shown_noise is None else batch.shown_noise
         noisy = self.schedule.add_noise(batch.latents, shown, batch.timesteps)
         with self.computing(noisy.device):
-            text = self.text if self.text_encoder is None else encode_text(self.text_encoder, self.prompts)
-            assert text is not None  # cached exactly when there is no encoder
+            told = self._told()
             # each row looks up its own prompt, so neither the order of rows nor of roles can misalign them
             row = (batch.token_ids[:, None] == self.prompts).all(dim=2).int().argmax(dim=1)
             target, taught = self._targets(batch, noisy, row)
-            prediction = predict(self.unet, noisy, batch.timesteps, text[row])
+            prediction = predict(self.unet, noisy, batch.timesteps, told[row].of_sizes(batch.sizes))
         losses = self.criterion.row_losses(prediction, target, batch.timesteps, batch.mask, taught)
         return dreambooth_loss(losses, batch.weight, batch.role, self.prior_weight)
+
+    def _told(self) -> Conditioning:
+        """What the prompts become, K rows."""
+        if self.text_encoder is not None:
+            return encode_text(self.text_encoder, self.prompts)
+        assert self.text is not None  # cached exactly when there is no encoder
+        return Conditioning(self.text, self.pooled)
 
     def _targets(
         self, batch: PairBatch, noisy: torch.Tensor, prompt: torch.Tensor
@@ -111,7 +119,8 @@ class DreamBoothModule(nn.Module):
             return target, None
         of_class = batch.role == Role.CLASS
         asked = of_class if not self.criterion.mask_prior else torch.ones_like(of_class)
-        said = self.teacher(noisy[asked], batch.timesteps[asked], prompt[asked])
+        sizes = None if batch.sizes is None else batch.sizes[asked]
+        said = self.teacher(noisy[asked], batch.timesteps[asked], prompt[asked], sizes)
         taught = torch.zeros_like(target).masked_scatter(asked.reshape(-1, 1, 1, 1), said)
         if self.teaches_class:
             target = torch.where(of_class.reshape(-1, 1, 1, 1), taught, target)

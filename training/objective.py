@@ -33,6 +33,8 @@ class PairBatch:
     """float32 [B, C, H, W]: what is added in place of `noise`, which is still what is asked for."""
     mask: torch.Tensor | None = None
     """float32 [B, 1, H, W], 0 to 1: where the row shows what is learnt."""
+    sizes: torch.Tensor | None = None
+    """float32 [B, 6] of a base that is told them: `Conditioning.sizes`."""
 
     def to(self, device: torch.device) -> "PairBatch":
         """The batch on `device`; itself when it is there already."""

@@ -25,9 +25,9 @@ from training.row_linear import Adapter, Factors
 from training.schedule import trained_scheduler
 
 Models = Mapping[str, nn.Module]
-"""`unet` and `text_encoder`, for the kinds and shapes of their layers."""
+"""By part: `unet`, `text_encoder` and what else there is, for the kinds and shapes of their layers."""
 Weights = Mapping[str, torch.Tensor]
-"""Parameters by `unet.NAME` and `text_encoder.NAME`."""
+"""Parameters by `PART.NAME`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +35,8 @@ class Outfit:
     """What rows of one artifact wear. Two of them are the same only if they are one object."""
 
     unet: Adapter = field(default_factory=dict)
-    text: Adapter = field(default_factory=dict)
+    text: Mapping[str, Adapter] = field(default_factory=dict)
+    """Of each text encoder, by its part."""
     weights: Weights = field(default_factory=dict)
     """Whole parameters in place of the base's; only rows that have the same ones share a forward pass."""
     tokens: NewTokens | None = None
@@ -46,7 +47,7 @@ class Outfit:
     @property
     def nbytes(self) -> int:
         """Memory that it takes."""
-        factors = (f.nbytes for adapter in (self.unet, self.text) for f in adapter.values())
+        factors = (f.nbytes for adapter in (self.unet, *self.text.values()) for f in adapter.values())
         tokens = self.tokens.embeddings.nbytes if self.tokens else 0
         return sum(factors) + sum(t.nbytes for t in self.weights.values()) + tokens
 
@@ -111,9 +112,11 @@ def _scheduler(base: BaseInfo, manifest: Mapping[str, Any]) -> Mapping[str, Any]
 
 
 def _of_lora(models: Models, pristine: Weights, folder: Path) -> Outfit:
-    adapters: dict[str, dict[str, Factors]] = {"unet": {}, "text_encoder": {}}
+    adapters: dict[str, dict[str, Factors]] = {part: {} for part in models}
     weights: dict[str, torch.Tensor] = {}
     for part, layers in read_lora(folder).items():
+        if part not in models:
+            raise SystemFailure(f"{folder / LORA_FILE} does not fit the base", f"which has no {part}")
         modules = dict(models[part].named_modules())
         for name, factors in layers.items():
             module = modules.get(name)
@@ -123,7 +126,8 @@ def _of_lora(models: Models, pristine: Weights, folder: Path) -> Outfit:
             else:
                 weight = f"{part}.{name}.weight"
                 weights[weight] = merged(pristine[weight].cpu(), factors)
-    return Outfit(adapters["unet"], adapters["text_encoder"], weights)
+    unet = adapters.pop("unet")
+    return Outfit(unet, {part: adapter for part, adapter in adapters.items() if adapter}, weights)
 
 
 def _check(module: nn.Module | None, factors: LayerFactors, name: str, folder: Path) -> None:

@@ -3,7 +3,7 @@
 It is the door to diffusers and to transformers' models. Everything that differs between bases (prediction
 type, VAE scaling factor, sizes, token limit) is read from the base's JSON and carried in `BaseInfo`.
 
-B batch, L tokens, D text width, C latent channels, H W latent size.
+B batch, L tokens, C latent channels, H W latent size.
 """
 
 import importlib.resources
@@ -22,7 +22,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from cluster.errors import UserError
-from training.basefolder import PARTS, locate, part_config, read_json, used_files
+from training.basefolder import locate, part_config, read_json, used_files
+from training.basekind import CLIP, BaseKind, check_widths, kind_of
+from training.conditioning import SILENT, TwinEncoder, text_parts, trained_parts
 from training.new_tokens import learned, read_tokens, whole_state
 from training.schedule import NoiseSchedule
 
@@ -30,12 +32,10 @@ if TYPE_CHECKING:
     from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
 _BOX = "pocket"  # the one base that ships with raybooth
-_TRAINED = {
-    "unet": "unet/diffusion_pytorch_model.safetensors",
-    "text_encoder": "text_encoder/model.safetensors",
-}
 EMBEDDING = "text_encoder.embeddings.token_embedding.weight"
-_TEXT_PREFIX = "text_model."  # that transformers before 5 needs and later ones drop
+_TEXT_PREFIX = (
+    "text_model."  # before a `CLIPTextModel`'s names: transformers before 5 need it, later ones drop it
+)
 _LOADING: dict[str, Any] = {"use_safetensors": True, "local_files_only": True, "torch_dtype": torch.float32}
 
 
@@ -43,6 +43,7 @@ _LOADING: dict[str, Any] = {"use_safetensors": True, "local_files_only": True, "
 class BaseInfo:
     """A pretrained pipeline in diffusers layout, pinned, and what its JSON says of it."""
 
+    kind: BaseKind
     model: str
     """`pocket`, a hub id, or the absolute path of a folder: workers have another working folder."""
     path: Path
@@ -60,14 +61,21 @@ class BaseInfo:
     image_size: int
     """Pixels along a side of the image that the base was made for."""
     token_limit: int
-    """Tokens of a prompt, start and end included."""
+    """Tokens of a prompt in one tokenizer, start and end included."""
     scheduler: Mapping[str, Any] = field(hash=False)
-    """The scheduler's config, as `StableDiffusionPipeline` would use it."""
+    """The scheduler's config, as the base's pipeline would use it."""
+    silent: bool = False
+    """Whether an unconditional row without a negative prompt is told zeros, not what the empty prompt becomes."""
 
     @property
     def latent_size(self) -> int:
         """Latents along a side."""
         return self.image_size // self.vae_factor
+
+    @property
+    def prompt_ids(self) -> int:
+        """Token ids of a prompt: those of all tokenizers."""
+        return self.token_limit * len(self.kind.encoders)
 
 
 def open_base(model: str, revision: str | None = None) -> BaseInfo:
@@ -80,25 +88,24 @@ def open_base(model: str, revision: str | None = None) -> BaseInfo:
 
     Raises:
         UserError: There is no such base, a part is missing, its weights are not safetensors, or it is not a
-            Stable Diffusion 1.x/2.x.
+            Stable Diffusion 1.x/2.x or SDXL.
     """
     box = shipped("weights") if model == _BOX else None
     folder, revision = locate(model, revision, box)
     index = read_json(folder / "model_index.json", model)
-    if index.get("_class_name") != "StableDiffusionPipeline":
-        raise UserError(
-            f"the base {model} is not a Stable Diffusion 1.x/2.x",
-            f"its model_index.json names {index.get('_class_name')}",
-            "name a base whose pipeline is StableDiffusionPipeline",
-        )
-    configs = {part: part_config(folder, part, model) for part in PARTS}
+    kind = kind_of(index, model)
+    configs = {part: part_config(folder, part, model, kind) for part in kind.parts}
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json", model)
-    tokenizer = read_json(folder / "tokenizer" / "tokenizer_config.json", model)
-    unet, vae, text = configs["unet"], configs["vae"], configs["text_encoder"]
+    tokenizers = [read_json(folder / name / "tokenizer_config.json", model) for name in kind.tokenizers]
+    unet, vae = configs["unet"], configs["vae"]
+    texts = [configs[part] for part in kind.texts]
+    check_widths(unet, texts, kind, model)
     prediction_type = NoiseSchedule.from_config(scheduler).prediction_type
     vae_factor = 2 ** (len(vae["block_out_channels"]) - 1)
-    limit = int(text["max_position_embeddings"])
+    limits = [int(text["max_position_embeddings"]) for text in texts]
+    limits += [int(t["model_max_length"]) for t in tokenizers if "model_max_length" in t]
     return BaseInfo(
+        kind=kind,
         model=str(folder) if Path(model).expanduser().resolve() == folder else model,
         path=folder,
         revision=revision,
@@ -107,10 +114,10 @@ def open_base(model: str, revision: str | None = None) -> BaseInfo:
         latent_channels=int(vae["latent_channels"]),
         vae_factor=vae_factor,
         image_size=int(unet["sample_size"]) * vae_factor,
-        token_limit=min(limit, int(tokenizer.get("model_max_length", limit))),
-        # StableDiffusionPipeline corrects these two in whatever it loads: latents are not clipped, and steps
-        # start at timestep 1.
-        scheduler={**scheduler, "clip_sample": False, "steps_offset": 1},
+        token_limit=min(limits),
+        scheduler={**scheduler, **kind.scheduler},
+        # diffusers' pipeline of SDXL takes zeros where its index says nothing of it
+        silent=kind.sized and bool(index.get("force_zeros_for_empty_prompt", True)),
     )
 
 
@@ -119,17 +126,21 @@ def shipped(part: str) -> Path:
     return Path(str(importlib.resources.files(_BOX) / part))
 
 
-def load_tokenizer(base: BaseInfo) -> "CLIPTokenizer":
-    """The base's tokenizer."""
+def load_tokenizer(base: BaseInfo) -> "CLIPTokenizer | tuple[CLIPTokenizer, ...]":
+    """The base's tokenizer; of a base with several text encoders a tuple of theirs."""
     from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
-    return CLIPTokenizer.from_pretrained(base.path / "tokenizer", local_files_only=True)
+    found = tuple(
+        CLIPTokenizer.from_pretrained(base.path / name, local_files_only=True)
+        for name in base.kind.tokenizers
+    )
+    return found if len(found) > 1 else found[0]
 
 
 def token_ids(
     tokenizer: Any, prompts: Sequence[str], limit: int, words: Mapping[str, Sequence[int]] = {}
 ) -> torch.Tensor:
-    """Token ids of prompts, padded to `limit` as `StableDiffusionPipeline` pads.
+    """Token ids of prompts, padded to `limit` as the base's pipeline pads.
 
     Args:
         tokenizer: Of `load_tokenizer`.
@@ -138,11 +149,13 @@ def token_ids(
         words: Those that the tokenizer does not have, in lower case, and the ids that each stands for.
 
     Returns:
-        [B, L] int64.
+        [B, L] int64; [B, n L] of n tokenizers, one after the other.
 
     Raises:
         UserError: A prompt has more tokens than `limit`; it would be cut in silence.
     """
+    if isinstance(tokenizer, tuple):
+        return torch.cat([token_ids(each, prompts, limit, words) for each in tokenizer], dim=1)
     rows = tokenizer(list(prompts), padding="max_length", max_length=limit, truncation=False).input_ids
     rows = [_with_words(tokenizer, *row, limit, words) for row in zip(prompts, rows, strict=True)]
     for prompt, row in zip(prompts, rows, strict=True):
@@ -153,6 +166,13 @@ def token_ids(
                 "shorten it",
             )
     return torch.tensor(rows, dtype=torch.int64)
+
+
+def unsaid_ids(base: BaseInfo, tokenizer: Any) -> torch.Tensor:
+    """Token ids [1, ids of a prompt] of what an unconditional row is told where there is no negative prompt."""
+    if base.silent:
+        return torch.full((1, base.prompt_ids), SILENT)
+    return token_ids(tokenizer, [""], base.token_limit)
 
 
 def _with_words(
@@ -178,17 +198,19 @@ def load_unet(base: BaseInfo) -> nn.Module:
 
 
 def load_vae(base: BaseInfo) -> nn.Module:
-    """The base's VAE: fp32, on the CPU, in eval mode, frozen."""
+    """The base's VAE: fp32 (SDXL's overflows in fp16, `force_upcast`), on the CPU, in eval mode, frozen."""
     with quiet():
         return _frozen(_vae_class().from_pretrained(base.path / "vae", **_LOADING))
 
 
 def load_text_encoder(base: BaseInfo) -> nn.Module:
-    """The base's text encoder: fp32, on the CPU, in eval mode, frozen."""
-    from transformers.models.clip.modeling_clip import CLIPTextModel
-
+    """The base's text encoder, one module also where it is two models: fp32, on the CPU, in eval mode, frozen."""
     with quiet():
-        return _frozen(CLIPTextModel.from_pretrained(base.path / "text_encoder", **_LOADING))
+        models = [
+            _text_class(named).from_pretrained(base.path / part, **_LOADING)
+            for part, named in base.kind.encoders
+        ]
+    return _frozen(TwinEncoder(*models) if len(models) > 1 else models[0])
 
 
 def empty_unet(base: BaseInfo) -> nn.Module:
@@ -203,11 +225,13 @@ def empty_unet(base: BaseInfo) -> nn.Module:
 
 def empty_text_encoder(base: BaseInfo) -> nn.Module:
     """The base's text encoder without weights, on the meta device."""
-    from transformers.models.clip.modeling_clip import CLIPTextModel
-
-    config = CLIPTextModel.config_class.from_pretrained(base.path / "text_encoder")
-    with torch.device("meta"):
-        return cast(nn.Module, CLIPTextModel(config))
+    models = []
+    for part, named in base.kind.encoders:
+        model = _text_class(named)
+        config = model.config_class.from_pretrained(base.path / part)
+        with torch.device("meta"):
+            models.append(model(config))
+    return TwinEncoder(*models) if len(models) > 1 else cast(nn.Module, models[0])
 
 
 def empty_vae(base: BaseInfo) -> nn.Module:
@@ -215,30 +239,6 @@ def empty_vae(base: BaseInfo) -> nn.Module:
     vae = _vae_class()
     with torch.device("meta"):
         return cast(nn.Module, vae.from_config(read_json(base.path / "vae/config.json", base.model)))
-
-
-def encode_text(text_encoder: nn.Module, ids: torch.Tensor) -> torch.Tensor:
-    """Hidden states of prompts [B, L, D], as `StableDiffusionPipeline` computes them.
-
-    Args:
-        text_encoder: Of `load_text_encoder`.
-        ids: [B, L] int64.
-    """
-    return cast(torch.Tensor, text_encoder(ids)[0])
-
-
-def predict(
-    unet: nn.Module, latents: torch.Tensor, timesteps: torch.Tensor, text: torch.Tensor
-) -> torch.Tensor:
-    """The UNet's output [B, C, H, W] for noisy latents.
-
-    Args:
-        unet: Of `load_unet`.
-        latents: [B, C, H, W], scaled.
-        timesteps: [B] int64.
-        text: [B, L, D] of `encode_text`.
-    """
-    return cast(torch.Tensor, unet(latents, timesteps, encoder_hidden_states=text, return_dict=False)[0])
 
 
 def encode_image(vae: nn.Module, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -258,15 +258,17 @@ def decode_latents(vae: nn.Module, latents: torch.Tensor, scaling_factor: float)
 
 
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """What `save_pipeline` wrote of the trained models: their parameters by `unet.NAME` and `text_encoder.NAME`.
+    """What `save_pipeline` wrote of the trained models: their parameters by `PART.NAME`.
 
     New tokens are left out of the embedding, whose rows are then those of the base.
     The libraries' own loaders patch torch for all threads while they load; this may run beside a model at work.
     """
     found: dict[str, torch.Tensor] = {}
-    for part, file in _TRAINED.items():
-        for name, value in load_file(folder / file).items():
-            found[f"{part}.{name.removeprefix(_TEXT_PREFIX) if part == 'text_encoder' else name}"] = value
+    kind = kind_of(read_json(folder / "model_index.json", str(folder)), str(folder))
+    prefixes = {part: _prefix(named) for part, named in kind.encoders}
+    for part in ("unet", *kind.texts):
+        for name, value in load_file(folder / _weights_file(kind, part)).items():
+            found[f"{part}.{name.removeprefix(prefixes.get(part, ''))}"] = value
     if tokens := read_tokens(folder):
         found[EMBEDDING] = found[EMBEDDING][: -len(tokens.embeddings)]
     return found
@@ -282,34 +284,37 @@ def save_pipeline(base: BaseInfo, unet: nn.Module, text_encoder: nn.Module, fold
         folder: Where to; made if it is not there.
     """
     # The libraries' `save_pretrained` imports DeepSpeed to ask whether the model is an engine.
+    kind = base.kind
+    prefixes = {part: _prefix(named) for part, named in kind.encoders}
     weights = {
-        _TRAINED["unet"]: unet.state_dict(),
-        _TRAINED["text_encoder"]: {
-            f"{_TEXT_PREFIX}{name}": value for name, value in whole_state(text_encoder).items()
-        },
+        _weights_file(kind, part): {
+            f"{prefixes.get(part, '')}{name}": value for name, value in whole_state(model).items()
+        }
+        for part, model in trained_parts(unet, text_encoder).items()
     }
+    whole_folders = ("vae", *kind.tokenizers)
     for file in used_files(base.path):
         name = file.relative_to(base.path)
-        if (file.suffix == ".json" and ".index." not in file.name) or name.parts[0] in ("vae", "tokenizer"):
+        if (file.suffix == ".json" and ".index." not in file.name) or name.parts[0] in whole_folders:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, folder / name)
-    config = _fp32(read_json(base.path / "text_encoder" / "config.json", base.model))
-    if tokens := learned(text_encoder):
-        config["vocab_size"] += len(tokens.embeddings)
-        _add_to_tokenizer(base, tokens.names, folder / "tokenizer")
-    (folder / "text_encoder" / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    for part, model in text_parts(text_encoder).items():
+        config = _fp32(part_settings(base, part))
+        if tokens := learned(model):
+            config["vocab_size"] += len(tokens.embeddings)
+            _add_to_tokenizer(base, tokens.names, folder / "tokenizer")
+        (folder / part / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     for path, tensors in weights.items():
         whole = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
         save_file(whole, folder / path, metadata={"format": "pt"})
     index = read_json(base.path / "model_index.json", base.model)
-    absent = {part: [None, None] for part in ("safety_checker", "feature_extractor", "image_encoder")}
-    index |= {**absent, "requires_safety_checker": False}
+    index |= kind.index
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _add_to_tokenizer(base: BaseInfo, names: Sequence[str], folder: Path) -> None:
     """Have a copy of the base's tokenizer know further tokens, in either of the forms in which it is read."""
-    tokenizer = load_tokenizer(base)
+    tokenizer = cast(Any, load_tokenizer(base))  # one: a base with several has no new tokens
     added = {name: len(tokenizer) + number for number, name in enumerate(names)}
     tokenizer.add_tokens(list(names))
     (folder / "tokenizer.json").write_text(tokenizer.backend_tokenizer.to_str(pretty=True) + "\n")
@@ -329,6 +334,21 @@ def write_scheduler(folder: Path, scheduler: Mapping[str, Any]) -> None:
     index = read_json(folder / "model_index.json", str(folder))
     index["scheduler"] = ["diffusers", "DDIMScheduler"]
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def module_name(base: BaseInfo, part: str, weight: str) -> str:
+    """The module that a weight in the files of a part of a base belongs to."""
+    prefix = _prefix(dict(base.kind.encoders).get(part, ""))
+    return weight.removesuffix(".weight").removeprefix(prefix)
+
+
+def _weights_file(kind: BaseKind, part: str) -> str:
+    return f"{part}/{kind.parts[part][1]}.safetensors"
+
+
+def _prefix(text_class: str) -> str:
+    """What is written before the names of a text encoder's parameters."""
+    return _TEXT_PREFIX if text_class == CLIP else ""
 
 
 def _fp32(config: dict[str, Any]) -> dict[str, Any]:
@@ -357,6 +377,12 @@ def _unet_class() -> Any:
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
     return UNet2DConditionModel
+
+
+def _text_class(named: str) -> Any:
+    from transformers.models.clip import modeling_clip
+
+    return getattr(modeling_clip, named)
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 Every prompt is a row drawn with guidance and one without (`validate.unguided`), every seed a column.
 
-n images of a forward pass, C latent channels, h w latent size, L tokens, D text width.
+n images of a forward pass, C latent channels, h w latent size.
 """
 
 from collections.abc import Sequence
@@ -12,11 +12,12 @@ import torch.distributed as dist
 from torch import nn
 
 from training.batches import Batches
+from training.conditioning import Conditioning, encode_text, predict, whole_frame
 from training.denoising import MEMORY, advance
 from training.engine import TrainingEngine
 from training.lease import Lease
 from training.module import DreamBoothModule
-from training.pipeline import BaseInfo, encode_text, load_vae, predict
+from training.pipeline import BaseInfo, load_vae
 from training.png import Pixels, encode_png, grid
 from training.recipe import Validate
 from training.request import FORWARD_ROWS
@@ -86,6 +87,9 @@ class Samples:
         weights from all.
         """
         text = encode_text(text_encoder or module.text_encoder or self._text_encoder, self._ids)
+        if self._base.kind.sized:
+            frame = torch.tensor([whole_frame(self._base.image_size, self._base.image_size)] * len(text))
+            text = text.of_sizes(frame.float().to(self._device))
         scales = list(dict.fromkeys((self._wanted.guidance, *([1.0] if self._wanted.unguided else []))))
         seeds, prompts = self._wanted.num_images, len(self._ids) - 1
         canvas = torch.zeros(prompts, len(scales), seeds, *self._shape, device=self._device)
@@ -107,11 +111,11 @@ class Samples:
         self,
         module: DreamBoothModule,
         unet: nn.Module,
-        text: torch.Tensor,
+        text: Conditioning,
         cells: Sequence[tuple[int, int]],
         scale: float,
     ) -> torch.Tensor:
-        """Clean latents [n, C, h, w] of n cells (prompt, seed); `text` [1 + prompts, L, D], the empty one first."""
+        """Clean latents [n, C, h, w] of n cells (prompt, seed); `text` is of the prompts, the empty one first."""
         noise = [torch.randn(self._shape, generator=torch.Generator().manual_seed(seed)) for _, seed in cells]
         x = torch.stack(noise).to(self._device)
         guided = scale != 1.0

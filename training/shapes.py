@@ -9,6 +9,7 @@ from torch import nn
 
 from cluster.errors import UserError
 from training.basefolder import used_files
+from training.conditioning import leave_unread
 from training.lora import attach
 from training.new_tokens import grow, started
 from training.pipeline import BaseInfo, empty_text_encoder, empty_unet, part_settings
@@ -26,6 +27,7 @@ def trained_shapes(base: BaseInfo, train: Train) -> tuple[nn.Module, nn.Module]:
         attach(unet, text_encoder, train.lora, train.text_encoder.train, train.seed)
     else:
         text_encoder.requires_grad_(train.text_encoder.train)
+    leave_unread(text_encoder)
     if train.new_tokens.count:
         grow(text_encoder, started(text_encoder, "", (0,), train.new_tokens.count))
     return unet, text_encoder
@@ -58,7 +60,7 @@ def refuse_untrainable(base: BaseInfo, train: Train) -> None:
         return
     wanted = [("unet", train.lora.targets)]
     if train.text_encoder.train:
-        wanted.append(("text_encoder", train.lora.text_targets))
+        wanted += [(part, train.lora.text_targets) for part in base.kind.texts]
     if not all(_are_linear(base, part, targets) for part, targets in wanted):
         sizes(base, train)
 
@@ -69,7 +71,7 @@ def refuse_new_tokens(base: BaseInfo, tokenizer: Any) -> None:
     Raises:
         UserError: It has a second text encoder, or its tokenizer and its embedding do not agree on where they begin.
     """
-    if (base.path / "text_encoder_2").is_dir():
+    if len(base.kind.texts) > 1:
         raise UserError(
             "train.new_tokens is for bases with one text encoder",
             f"{base.model} has two",

@@ -5,7 +5,7 @@ between two steps. A row's bits depend on its request, on what it wears and on W
 on when it joined: the UNet always sees W rows, each prompt is encoded alone, and each image decoded alone. Whoever
 would rather have an image soon than always the same to the bit gets narrower passes while there are few rows.
 
-W rows of a forward, K latents that a sampler remembers, C latent channels, H W latent size, L tokens, D text width.
+W rows of a forward, K latents that a sampler remembers, C latent channels, H W latent size.
 """
 
 import threading
@@ -21,19 +21,26 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from training.conditioning import (
+    Conditioning,
+    encode_text,
+    predict,
+    text_parts,
+    trained_parts,
+    whole_frame,
+)
 from training.denoising import MEMORY, SamplerTable, advance
 from training.new_tokens import knowing
 from training.outfit import PLAIN, Outfit, Weights, read_outfit
 from training.pipeline import (
     BaseInfo,
     decode_latents,
-    encode_text,
     load_text_encoder,
     load_tokenizer,
     load_unet,
     load_vae,
-    predict,
     token_ids,
+    unsaid_ids,
 )
 from training.request import FORWARD_ROWS, DrawRequest
 from training.row_linear import RowAdapters
@@ -60,8 +67,8 @@ class Row:
     kept: torch.Tensor
     """[K, C, H, W]: what its sampler remembers."""
     step: int = 0
-    texts: list[torch.Tensor] = field(default_factory=list)
-    """Hidden states [1, L, D] of its forward rows: of the negative prompt, if it is guided, and of the prompt."""
+    told: list[Conditioning] = field(default_factory=list)
+    """Of each of its forward rows: of the negative prompt, if it is guided, and of the prompt."""
 
     @property
     def cost(self) -> int:
@@ -97,7 +104,7 @@ class Studio:
         self.unet, self.text_encoder = load_unet(base), load_text_encoder(base)
         if self.device == "cpu" and sum(p.numel() for p in self.unet.parameters()) < SMALL:
             torch.set_num_threads(1)
-        self.models = {"unet": self.unet.to(self.device), "text_encoder": self.text_encoder.to(self.device)}
+        self.models = trained_parts(self.unet.to(self.device), self.text_encoder.to(self.device))
         self.vae = load_vae(base).to(self.device)
         if self.device == "cpu":  # oneDNN decodes an image in 19 rather than 24 ms so
             self.vae = self.vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -111,10 +118,12 @@ class Studio:
         self._pristine: Weights = {name: p.data for name, p in self._parameters.items()}
         self._weights = PLAIN.weights
         self._adapters = RowAdapters(self.unet, self.width)
-        self._text_adapters = RowAdapters(self.text_encoder, 1)
-        self._texts: WeakKeyDictionary[Outfit, OrderedDict[str, torch.Tensor]] = WeakKeyDictionary()
+        self._text_adapters = {
+            part: RowAdapters(model, 1) for part, model in text_parts(self.text_encoder).items()
+        }
+        self._texts: WeakKeyDictionary[Outfit, OrderedDict[str | None, Conditioning]] = WeakKeyDictionary()
         self._places: list[Row] = []  # the rows of the last forward pass
-        self._text = torch.zeros(0)
+        self._told: Conditioning | None = None  # of them
 
     def read(self, folder: Path, manifest: Mapping[str, Any] | None) -> Outfit:
         """What rows of an artifact wear; raises as `read_outfit`. Any thread may call it."""
@@ -160,7 +169,8 @@ class Studio:
         now = [(float(r.table.timesteps[r.step]), float(r.table.alphas[r.step])) for r in rows]
         x = torch.stack([row.x for row in rows])
         timesteps = torch.tensor([now[i][0] for i in places], dtype=torch.float32, device=self.device)
-        output = predict(self.unet, x[places], timesteps, self._text)
+        assert self._told is not None  # there are rows
+        output = predict(self.unet, x[places], timesteps, self._told)
         first = [places.index(i) for i in range(len(rows))]
         last = [start + row.cost - 1 for start, row in zip(first, rows, strict=True)]
         scale = torch.tensor([row.request.guidance for row in rows], device=self.device).reshape(-1, 1, 1, 1)
@@ -182,9 +192,9 @@ class Studio:
         """Take everything off: nothing of a subject is kept for want of another one."""
         if self._places:
             self._adapters.wear([PLAIN.unet] * self.width)
-            self._text_adapters.wear([PLAIN.text])
+            self._wear_text(PLAIN)
             self._wear(PLAIN.weights)
-            self._places, self._text = [], torch.zeros(0)
+            self._places, self._told = [], None
 
     @torch.inference_mode()
     def pixels(self, latents: torch.Tensor) -> NDArray[np.uint8]:
@@ -192,26 +202,34 @@ class Studio:
         return pixels(self.vae, latents, self.base.scaling_factor)
 
     def _take_places(self, rows: Sequence[Row], places: Sequence[int]) -> None:
-        """Have every place of the forward pass its row's adapter and text."""
+        """Have every place of the forward pass its row's adapter, and be told what its row is."""
         for row in rows:
-            if not row.texts:
-                prompts = [row.request.prompt]
+            if not row.told:
+                prompts: list[str | None] = [row.request.prompt]
                 if row.cost == 2:
-                    prompts.insert(0, row.request.negative_prompt)
-                row.texts = [self._encoded(prompt, row.outfit) for prompt in prompts]
+                    prompts.insert(0, row.request.negative_prompt or None)
+                sizes = self._sizes(row)
+                row.told = [self._encoded(prompt, row.outfit).of_sizes(sizes) for prompt in prompts]
         self._adapters.wear([rows[i].outfit.unet for i in places])
-        texts = [text for row in rows for text in row.texts]
-        self._text = torch.cat(texts + [texts[-1]] * (len(places) - len(texts)))
+        told = [one for row in rows for one in row.told]
+        self._told = Conditioning.cat(told + [told[-1]] * (len(places) - len(told)))
         self._places = list(rows)
 
-    def _encoded(self, prompt: str, outfit: Outfit) -> torch.Tensor:
-        """Hidden states [1, L, D] of a prompt; the outfit's weights are worn."""
+    def _sizes(self, row: Row) -> torch.Tensor | None:
+        """The sizes [1, 6] of an image, of a base that is told them: one that was made as large as it is drawn."""
+        if not self.base.kind.sized:
+            return None
+        height, width = (side * self.base.vae_factor for side in row.x.shape[1:])
+        return torch.tensor([whole_frame(height, width)], dtype=torch.float32, device=self.device)
+
+    def _encoded(self, prompt: str | None, outfit: Outfit) -> Conditioning:
+        """What a prompt becomes, one row; `None` is none at all. The outfit's weights are worn."""
         of_base = not (
-            outfit.text or outfit.tokens or any(name.startswith("text_encoder.") for name in outfit.weights)
+            outfit.text or outfit.tokens or any(not name.startswith("unet.") for name in outfit.weights)
         )
         kept = self._texts.setdefault(PLAIN if of_base else outfit, OrderedDict())
         if prompt not in kept:
-            self._text_adapters.wear([outfit.text])
+            self._wear_text(outfit)
             with knowing(self.text_encoder, outfit.tokens):
                 kept[prompt] = encode_text(self.text_encoder, self._ids(prompt, outfit).to(self.device))
             if len(kept) > PROMPTS_KEPT:
@@ -219,10 +237,16 @@ class Studio:
         kept.move_to_end(prompt)
         return kept[prompt]
 
-    def _ids(self, prompt: str, outfit: Outfit) -> torch.Tensor:
+    def _ids(self, prompt: str | None, outfit: Outfit) -> torch.Tensor:
         with self._tokenizing:  # a tokenizer is borrowed by one thread at a time
+            if prompt is None:
+                return unsaid_ids(self.base, self._tokenizer)
             words = outfit.tokens.words(len(self._tokenizer)) if outfit.tokens else {}
             return token_ids(self._tokenizer, [prompt], self.base.token_limit, words)
+
+    def _wear_text(self, outfit: Outfit) -> None:
+        for part, adapters in self._text_adapters.items():
+            adapters.wear([outfit.text.get(part, PLAIN.unet)])
 
     def _wear(self, weights: Weights) -> None:
         """Give the models these parameters in place of the base's."""

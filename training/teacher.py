@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from training.pipeline import encode_text, predict
+from training.conditioning import Conditioning, encode_text, predict
 
 
 @dataclass(frozen=True)
@@ -13,8 +13,8 @@ class Teacher:
     """The pristine base. No module, so that nothing of it is trained, sharded or saved with what is."""
 
     unet: nn.Module
-    text: torch.Tensor
-    """[K, L, D], of the prompts that rows may carry, by its own text encoder."""
+    told: Conditioning
+    """Of the K prompts that rows may carry, by its own text encoder."""
 
     @classmethod
     def of(cls, unet: nn.Module, text_encoder: nn.Module, prompts: torch.Tensor) -> "Teacher":
@@ -29,12 +29,19 @@ class Teacher:
             return cls(unet, encode_text(text_encoder, prompts))
 
     @torch.no_grad()
-    def __call__(self, noisy: torch.Tensor, timesteps: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
+    def __call__(
+        self,
+        noisy: torch.Tensor,
+        timesteps: torch.Tensor,
+        prompt: torch.Tensor,
+        sizes: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """What the base predicts, float32 [B, C, H, W].
 
         Args:
             noisy: [B, C, H, W].
             timesteps: int64 [B].
             prompt: int64 [B], the prompt of each row.
+            sizes: float32 [B, 6], of a base that is told them.
         """
-        return predict(self.unet, noisy, timesteps, self.text[prompt]).float()
+        return predict(self.unet, noisy, timesteps, self.told[prompt].of_sizes(sizes)).float()

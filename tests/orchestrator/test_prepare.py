@@ -131,6 +131,22 @@ def test_what_is_transparent_may_be_left_out(prepared: Callable[..., Prepared], 
         prepared("train.objective.mask=alpha")
 
 
+def test_a_base_of_sdxl_is_told_sizes_which_decide_what_is_trained(
+    prepared: Callable[..., Prepared], tiny_sdxl: Path, tmp_path: Path
+) -> None:
+    assert prepared().sizes is None
+    xl = f"base.model={tiny_sdxl}"
+    Image.new("RGB", (50, 40), "red").save(tmp_path / "rex" / "1.png")
+    run = prepared(xl, "train.objective.caption_dropout=0.1")
+    assert run.sizes is not None and run.sizes.tolist() == [[40, 50, 0, 2, 16, 16]] * 3
+    assert len(run.subject_ids) == 2 * 32 and run.subject_ids[:32] != run.subject_ids[32:]  # padded otherwise
+    assert run.empty_ids == run.sample_ids[0] == [-1] * 64  # zeros, as diffusers draws
+    Image.new("RGB", (100, 80), "red").save(tmp_path / "rex" / "1.png")
+    larger = prepared(xl, "train.objective.caption_dropout=0.1")
+    assert larger.sizes is not None and larger.sizes[1].tolist() == [80, 100, 0, 2, 16, 16]
+    assert larger.photos.key == run.photos.key and larger.fingerprint != run.fingerprint
+
+
 def test_photos_may_have_captions_of_their_own(prepared: Callable[..., Prepared], tmp_path: Path) -> None:
     plain = prepared()
     assert plain.caption_ids == []

@@ -39,8 +39,8 @@ def engine_of(base: BaseInfo) -> Iterator[Make]:
     """Makes engines that end with the test."""
     engines: list[Engine] = []
 
-    def make(storage: Storage | None, **settings: Any) -> Engine:
-        engines.append(Engine(base, storage, "cpu", settings=EngineSettings(**settings)))
+    def make(storage: Storage | None, of: BaseInfo = base, **settings: Any) -> Engine:
+        engines.append(Engine(of, storage, "cpu", settings=EngineSettings(**settings)))
         return engines[-1]
 
     yield make
@@ -111,6 +111,20 @@ def test_subjects_methods_sizes_and_samplers_together_come_out_as_alone(
     assert (stats["images"], stats["running"], stats["waiting"]) == (len(MIXED), 0, 0)
     assert stats["steps"] == sum(request.steps for _, request in MIXED)
     assert (stats["subjects"], stats["cache_hits"] + stats["cache_misses"]) == (8, 9)
+
+
+def test_images_of_an_sdxl_together_come_out_as_alone(engine_of: Make, tiny_sdxl: Path) -> None:
+    sdxl = open_base(str(tiny_sdxl))
+    requests = [
+        DrawRequest("a dog in snow", 1, steps=4, guidance=5.0),
+        DrawRequest("a dog in snow", 1, "snow", steps=3, guidance=5.0, sampler="euler"),
+        DrawRequest("a cat", 2, steps=2, guidance=1.0),
+        DrawRequest("a cat", 3, steps=2, guidance=5.0, height=24, width=16),
+    ]
+    engine = engine_of(None, of=sdxl)
+    asked = [Asked(engine, str(i), "base", request) for i, request in enumerate(requests)]
+    for one, request in zip(asked, requests, strict=True):
+        assert (decode_png(one.until(Drawn).png) == Drawer(sdxl, device="cpu").draw([request])[0]).all()
 
 
 def test_a_row_joins_a_batch_that_is_under_way(engine_of: Make, zoo: Storage) -> None:

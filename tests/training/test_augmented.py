@@ -17,12 +17,13 @@ from training.artifact import open_artifact
 from training.bank import Bank, stack
 from training.bank_key import bank_key, bankable
 from training.batches import Batches
+from training.conditioning import encode_text, predict
 from training.dataplan import DataPlan, Role, enlarged
 from training.decisive import decisive
 from training.lease import LatentTable, Lease
 from training.loop import ResidentBase, build_module
 from training.outfit import PLAIN
-from training.pipeline import encode_text, load_tokenizer, open_base, predict, token_ids
+from training.pipeline import load_tokenizer, open_base, token_ids
 from training.recipe import Run
 from training.request import DrawRequest
 from training.schedule import NoiseSchedule, trained_scheduler

@@ -92,3 +92,12 @@ def test_a_frequent_word_is_warned_about() -> None:
 def test_an_unknown_class_noun_is_a_warning_never_a_refusal(tokenizer: CLIPTokenizer) -> None:
     (warning,) = choose_identifier(tokenizer, "auto", "red quokka").warnings
     assert warning.startswith("the class noun 'quokka' is no single word of the base's vocabulary (q+u+")
+
+
+def test_a_word_is_checked_with_every_tokenizer_of_a_base(tokenizer: CLIPTokenizer) -> None:
+    alone = choose_identifier(tokenizer, "auto", "dog")
+    assert choose_identifier((tokenizer, tokenizer), "auto", "dog") == alone
+    other = plain_tokenizer("dog")
+    both = choose_identifier((tokenizer, other), "auto", "dog")
+    assert (both.identifier, both.token_ids) == (alone.identifier, alone.token_ids)
+    assert any("is 3 tokens" in warning for warning in both.warnings)

@@ -9,9 +9,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from cluster.errors import SystemFailure, UserError
+from training.conditioning import Conditioning, predict
 from training.lora import CHANGED, FILE, attach, read_lora, save_changed, save_lora
 from training.lora_algebra import merge
-from training.pipeline import load_text_encoder, load_unet, open_base, predict
+from training.pipeline import load_text_encoder, load_unet, open_base
 from training.recipe import Lora
 
 LORA = Lora(rank=4, alpha=2.0)
@@ -29,7 +30,7 @@ def adapters(model: nn.Module) -> dict[str, torch.Tensor]:
 def output(unet: nn.Module) -> torch.Tensor:
     x, text = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.ones(2, 32, 32)
     with torch.no_grad():
-        return predict(unet, x, torch.tensor([10, 700]), text)
+        return predict(unet, x, torch.tensor([10, 700]), Conditioning(text))
 
 
 def test_fresh_adapters_change_nothing_and_only_they_are_trained(tiny_base: Path) -> None:

@@ -138,7 +138,7 @@ def test_the_teacher_hears_the_class_noun_in_their_place(
     ids = token_ids(load_tokenizer(resident.info), ["a photo of a dog dog on the beach"], 32)
     with torch.no_grad():
         said = resident.text_encoder(ids)[0]
-    assert module.teacher is not None and torch.equal(module.teacher.text[0], said[0])
+    assert module.teacher is not None and torch.equal(module.teacher.told.text[0], said[0])
 
 
 @pytest.mark.slow
@@ -286,12 +286,11 @@ def test_the_identifier_is_a_word_in_brackets(tiny_base: Path) -> None:
             new_identifier(tokenizer, wrong, "dog", 1)
 
 
-def test_a_base_that_cannot_have_them_is_refused(tiny_base: Path, tmp_path: Path) -> None:
-    base = open_base(str(tiny_base))
+def test_a_base_that_cannot_have_them_is_refused(tiny_base: Path, tiny_sdxl: Path) -> None:
+    base, other = open_base(str(tiny_base)), open_base(str(tiny_sdxl))
     tokenizer = load_tokenizer(base)
-    (tmp_path / "text_encoder_2").mkdir()
     with pytest.raises(UserError, match="two"):
-        refuse_new_tokens(replace(base, path=tmp_path), tokenizer)
+        refuse_new_tokens(other, load_tokenizer(other))
     tokenizer.add_tokens(["<more>"])
     with pytest.raises(UserError, match="rows"):
         refuse_new_tokens(base, tokenizer)

@@ -10,10 +10,10 @@ import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 
 from cluster.errors import UserError
+from training.conditioning import encode_text
 from training.pipeline import (
     empty_text_encoder,
     empty_unet,
-    encode_text,
     load_text_encoder,
     load_tokenizer,
     load_unet,
@@ -54,7 +54,7 @@ def test_models_are_frozen_and_ids_are_those_of_stock_diffusers(tiny_base: Path)
     stock = StableDiffusionPipeline.from_pretrained(tiny_base)
     theirs, _ = stock.encode_prompt(prompts, "cpu", 1, False)
     ids = token_ids(load_tokenizer(base), prompts, base.token_limit)
-    assert torch.equal(encode_text(load_text_encoder(base), ids), theirs)
+    assert torch.equal(encode_text(load_text_encoder(base), ids).text, theirs)
 
 
 def test_empty_models_have_the_shapes_without_the_weights(tiny_base: Path) -> None:
@@ -92,7 +92,12 @@ def only_pickles(folder: Path) -> None:
             "SD3Transformer2DModel",
         ),
         (lambda f: edit(f / "unet/config.json", in_channels=9), "in_channels"),
-        (lambda f: edit(f / "model_index.json", _class_name="StableDiffusionXLPipeline"), "XLPipeline"),
+        (lambda f: edit(f / "model_index.json", _class_name="StableDiffusion3Pipeline"), "3Pipeline"),
+        (
+            lambda f: edit(f / "model_index.json", _class_name="StableDiffusionXLPipeline"),
+            "of an unknown kind",
+        ),
+        (lambda f: edit(f / "vae/config.json", latents_mean=[0.0] * 4), "latents_mean"),
     ],
 )
 def test_a_base_that_cannot_be_used_is_refused(

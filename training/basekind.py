@@ -1,0 +1,126 @@
+"""This file is where it is told what bases of one kind have in common: their parts, and what their UNet is told.
+
+Everything that differs between Stable Diffusion 1.x/2.x and SDXL follows from the fields of a kind; what differs
+between two bases of one kind is read from their JSON (`training/pipeline.py`).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from cluster.errors import UserError
+
+CLIP, CLIP_PROJECTED = "CLIPTextModel", "CLIPTextModelWithProjection"
+_NONE = [None, None]
+_NO_IMAGE = {"feature_extractor": _NONE, "image_encoder": _NONE}
+
+
+@dataclass(frozen=True)
+class BaseKind:
+    """The bases of one pipeline class of diffusers."""
+
+    pipeline: str
+    """What their model_index.json names."""
+    family: str
+    """Whose defaults apply (`training/defaults.py`)."""
+    encoders: tuple[tuple[str, str], ...]
+    """Text encoders in the order in which they read a prompt: the part, and the class that its config.json names."""
+    addition: str | None = None
+    """`addition_embed_type` of the UNet: `text_time` is told pooled text and sizes beside the hidden states."""
+    scheduler: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    """What the pipeline corrects in whatever scheduler config it loads."""
+    index: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    """What the model_index.json of a pipeline that is written says, whatever the base's does: what is left out."""
+
+    @property
+    def parts(self) -> dict[str, tuple[str, str]]:
+        """Per part: the class that must be named in its config.json, and the name of its weights."""
+        return {
+            "unet": ("UNet2DConditionModel", "diffusion_pytorch_model"),
+            "vae": ("AutoencoderKL", "diffusion_pytorch_model"),
+            **{part: (named, "model") for part, named in self.encoders},
+        }
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The parts that are text encoders."""
+        return tuple(part for part, _ in self.encoders)
+
+    @property
+    def tokenizers(self) -> tuple[str, ...]:
+        """The folders of their tokenizers, in the same order."""
+        return tuple(part.replace("text_encoder", "tokenizer") for part in self.texts)
+
+    @property
+    def sized(self) -> bool:
+        """Whether the UNet is told sizes (`Conditioning.sizes`)."""
+        return self.addition == "text_time"
+
+
+KINDS = (
+    BaseKind(
+        "StableDiffusionPipeline",
+        "sd",
+        (("text_encoder", CLIP),),
+        # latents are not clipped, and steps start at timestep 1
+        scheduler={"clip_sample": False, "steps_offset": 1},
+        index={"safety_checker": _NONE, **_NO_IMAGE, "requires_safety_checker": False},
+    ),
+    BaseKind(
+        "StableDiffusionXLPipeline",
+        "sdxl",
+        (("text_encoder", CLIP), ("text_encoder_2", CLIP_PROJECTED)),
+        addition="text_time",
+        index=_NO_IMAGE,
+    ),
+)
+FOLDERS = tuple(
+    dict.fromkeys(name for kind in KINDS for name in (*kind.parts, *kind.tokenizers, "scheduler"))
+)
+"""All folders of a base that may be read."""
+
+
+def kind_of(index: Mapping[str, Any], model: str) -> BaseKind:
+    """The kind of the base `model`, by its model_index.json.
+
+    Raises:
+        UserError: It is of none of them.
+    """
+    named = index.get("_class_name")
+    for kind in KINDS:
+        if named == kind.pipeline:
+            return kind
+    raise UserError(
+        f"the base {model} is neither a Stable Diffusion 1.x/2.x nor an SDXL",
+        f"its model_index.json names {named}",
+        f"name a base whose pipeline is {' or '.join(kind.pipeline for kind in KINDS)}",
+    )
+
+
+def check_widths(
+    unet: Mapping[str, Any], texts: Sequence[Mapping[str, Any]], kind: BaseKind, model: str
+) -> None:
+    """Refuse a UNet that is told something else than the text encoders of its base say: a refiner's, say.
+
+    Args:
+        unet: Its config.
+        texts: Those of the text encoders, in order.
+        kind: Of the base.
+        model: The base, for people.
+
+    Raises:
+        UserError: It is so.
+    """
+    if not kind.sized:
+        return
+    says = [
+        sum(int(text["hidden_size"]) for text in texts),
+        int(texts[-1]["projection_dim"]) + 6 * int(unet["addition_time_embed_dim"]),
+    ]
+    takes = [int(unet["cross_attention_dim"]), int(unet["projection_class_embeddings_input_dim"])]
+    if takes != says:
+        raise UserError(
+            f"the unet of the base {model} does not fit its text encoders",
+            f"it takes {takes[0]} values of a token and {takes[1]} of a picture, they make {says[0]} and {says[1]}",
+            "use a base of SDXL that draws from text alone, and no refiner",
+        )
