@@ -28,7 +28,8 @@ from training.figures import peak_memory_mb
 from training.lease import LatentTable, Lease
 from training.loop import ResidentBase, build_module
 from training.memory import estimate
-from training.pipeline import empty_unet, load_text_encoder, open_base, save_pipeline
+from training.pipeline import empty_unet, load_text_encoder, open_base
+from training.pipeline_files import save_pipeline
 from training.recipe import Run
 from training.section import merge
 

@@ -31,8 +31,9 @@ from serving.engine import Engine
 from serving.protocol import PRISTINE, Drawn, ImageOrder
 from training.artifact import Identity, artifact_meta, artifact_path, write_weights
 from training.lora import attach
+from training.part_settings import ATTENTION
 from training.pipeline import BaseInfo, load_text_encoder, load_unet, open_base
-from training.recipe import ATTENTION, Run
+from training.recipe import Run
 from training.request import DrawRequest
 
 WORDS = "a photo of a zwx backpack on the beach"

@@ -21,19 +21,10 @@ from training.lora_algebra import Extraction, extract, merge
 from training.new_tokens import FILE as TOKENS_FILE
 from training.new_tokens import OF_AUTOMATIC, grow, read_tokens, save_tokens
 from training.objective_settings import Objective
-from training.pipeline import (
-    BaseInfo,
-    load_text_encoder,
-    load_unet,
-    load_vae,
-    open_base,
-    part_settings,
-    read_weights,
-    save_pipeline,
-    write_scheduler,
-)
+from training.part_settings import Lora
+from training.pipeline import BaseInfo, load_text_encoder, load_unet, load_vae, open_base, part_settings
+from training.pipeline_files import read_weights, save_pipeline, write_scheduler
 from training.prompt import render_prompt
-from training.recipe import Lora
 from training.schedule import trained_scheduler
 from training.singlefile import single_file
 

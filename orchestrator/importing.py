@@ -19,7 +19,8 @@ from training.artifact import Identity, artifact_meta, artifact_path
 from training.exchange import from_exchange
 from training.identifier import choose_identifier
 from training.lora import FILE, write_adapters
-from training.pipeline import load_tokenizer, module_name, open_base
+from training.pipeline import load_tokenizer, open_base
+from training.pipeline_files import module_name
 from training.prompt import TEMPLATE
 from training.shapes import weight_shapes
 

@@ -16,8 +16,9 @@ from cluster.errors import UserError, did_you_mean
 from orchestrator.document import anchor_run, parse_document
 from training.defaults import with_defaults
 from training.optimizer_settings import refuse_sharding
+from training.part_settings import Lora
 from training.prompt import render_prompt
-from training.recipe import Lora, Run
+from training.recipe import Run
 from training.section import merge
 
 LEAST_OF_PRODIGY = 0.1  # a rate such as AdamW's would have it learn nothing; diffusers warns of it likewise

@@ -5,7 +5,8 @@ import json
 from cluster.storage import Storage, sha256
 from training.objective_settings import Objective
 from training.optimizer_settings import Optimizer
-from training.recipe import ATTENTION, Run
+from training.part_settings import ATTENTION
+from training.recipe import Run
 
 # Ends of the names of a Stable Diffusion UNet's layers that are linear in every base: a bank adapts no others
 LINEAR = tuple(

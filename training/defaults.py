@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from training.basekind import KINDS
-from training.recipe import ATTENTION, Method
+from training.part_settings import ATTENTION
+from training.recipe import Method
 from training.section import merge
 
 DEFAULTS: Mapping[tuple[str, Method], Mapping[str, Any]] = {

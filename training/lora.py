@@ -19,7 +19,7 @@ from torch import nn
 
 from cluster.errors import SystemFailure, UserError
 from training.conditioning import text_parts, trained_parts
-from training.recipe import Lora
+from training.part_settings import Lora
 
 ADAPTER = "default"
 FILE = "pytorch_lora_weights.safetensors"  # what diffusers' load_lora_weights looks for

@@ -20,7 +20,8 @@ from training.lora import FILE as LORA_FILE
 from training.lora_algebra import merged
 from training.new_tokens import NewTokens, read_tokens
 from training.objective_settings import Objective
-from training.pipeline import EMBEDDING, BaseInfo, read_weights
+from training.pipeline import BaseInfo
+from training.pipeline_files import EMBEDDING, read_weights
 from training.row_linear import Adapter, Factors
 from training.schedule import trained_scheduler
 

@@ -12,8 +12,9 @@ from training.basefolder import used_files
 from training.conditioning import leave_unread
 from training.lora import attach
 from training.new_tokens import grow, started
+from training.part_settings import NewTokens, TextEncoder
 from training.pipeline import BaseInfo, empty_text_encoder, empty_unet, part_settings
-from training.recipe import NewTokens, TextEncoder, Train
+from training.recipe import Train
 
 
 def trained_shapes(base: BaseInfo, train: Train) -> tuple[nn.Module, nn.Module]:

@@ -17,8 +17,10 @@ from orchestrator.fits import Room
 from orchestrator.plan import Plan, plan_run
 from orchestrator.spec import load_run
 from training.lora import attach
-from training.pipeline import load_text_encoder, load_unet, open_base, save_pipeline
-from training.recipe import Lora, Run
+from training.part_settings import Lora
+from training.pipeline import load_text_encoder, load_unet, open_base
+from training.pipeline_files import save_pipeline
+from training.recipe import Run
 
 
 @pytest.fixture

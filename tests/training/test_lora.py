@@ -12,8 +12,8 @@ from cluster.errors import SystemFailure, UserError
 from training.conditioning import Conditioning, predict
 from training.lora import CHANGED, FILE, attach, read_lora, save_changed, save_lora
 from training.lora_algebra import merge
+from training.part_settings import Lora
 from training.pipeline import load_text_encoder, load_unet, open_base
-from training.recipe import Lora
 
 LORA = Lora(rank=4, alpha=2.0)
 
