@@ -1,4 +1,4 @@
-"""This file is where it is set which parts of a base are trained, and how: adapters, text encoder, tokens of its own."""
+"""This file is where it is set which parts of a base are trained and how: adapters, text encoder, new tokens."""
 
 from typing import Literal
 
