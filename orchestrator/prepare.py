@@ -8,13 +8,11 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from cluster.errors import UserError
 from cluster.registry import Registry
 from cluster.storage import Storage, sha256
 from training.artifact import Identity
+from training.buckets import Rows, bucket_of, bucket_step
 from training.captions import SUFFIX, read_captions
 from training.decisive import decisive
 from training.identifier import Choice, choose_identifier, new_identifier, token_ids_of
@@ -45,7 +43,7 @@ class Prepared:
     """Of the empty prompt, where captions are dropped; else none."""
     caption_ids: list[list[int]]
     """Of the photos' own prompts, in order, or of `train.templates`; empty where all share one."""
-    masks: NDArray[np.float32] | None
+    masks: Rows | None
     """[N, h, w], 0 to 1: where each training image counts; `None` is everywhere."""
     photo_names: list[str]
     fingerprint: str
@@ -95,6 +93,7 @@ def prepare(run: Run, storage: Storage) -> Prepared:
     objective = run.train.objective
     intake = read_photos(run.subject.images, base.image_size, objective.mask)
     _check_holdout(run, intake)
+    run = _sized(run, base, intake)
     captions, notes = list(run.train.templates), list(intake.notes)
     if run.train.captions == "files":
         names = [photo.name for photo in intake.photos]
@@ -111,7 +110,7 @@ def prepare(run: Run, storage: Storage) -> Prepared:
     masks = None
     if objective.mask != "none":
         masks = latent_masks(intake, base.image_size, base.vae_factor, run.data)
-        decides.append(sha256(masks.tobytes()))
+        decides.append(sha256(b"".join(mask.tobytes() for mask in masks)))
     if run.train.load_best_at_end:
         decides += [run.checkpoint.every, run.validate_.samples]  # they decide which one is the best
     return Prepared(
@@ -158,6 +157,37 @@ def _named(run: Run, base: BaseInfo, tokenizer: Any) -> tuple[Choice, tuple[int,
             "set train.new_tokens.initializer to a word that it knows",
         )
     return choice, ids
+
+
+def _sized(run: Run, base: BaseInfo, intake: Intake) -> Run:
+    """The run with its class images in the sizes of its photos."""
+    step, square = bucket_step(base.image_size, base.vae_factor), (base.image_size, base.image_size)
+    found = [
+        bucket_of(photo.width, photo.height, base.image_size, step) if run.data.buckets else square
+        for photo in intake.photos
+    ]
+    # squares alone are the class images of everybody
+    sizes = () if set(found) == {square} else tuple(sorted(set(found)))
+    if run.prior.sizes not in ((), sizes):
+        raise UserError(
+            "prior.sizes is not that of the photos",
+            f"it is {run.prior.sizes}, they are {sizes or square}",
+            "leave it out; data.buckets: true sets it",
+        )
+    trained = found[: len(found) - run.data.holdout]
+    if run.prior.target == "base" and set(found) - set(trained):
+        raise UserError(
+            "the photos that are held out have a size of their own",
+            f"{min(set(found) - set(trained))}, and with prior.target: base the class's rows are the photos'",
+            "hold out others, or set data.buckets: false",
+        )
+    if run.prior.draws and run.prior.num_images < len(sizes):
+        raise UserError(
+            f"prior.num_images is {run.prior.num_images}, fewer than the sizes of the photos",
+            ", ".join(f"{width}x{height}" for width, height in sizes),
+            f"set it to at least {len(sizes)}, or data.buckets: false",
+        )
+    return run.model_copy(update={"prior": run.prior.model_copy(update={"sizes": sizes})})
 
 
 def _is_caption(note: str) -> bool:

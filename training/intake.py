@@ -21,6 +21,7 @@ from PIL.WebPImagePlugin import WebPImageFile
 from cluster.errors import SystemFailure, UserError
 from cluster.source import Entry, entries, find, read
 from cluster.storage import Storage, sha256, sha256_file
+from training.buckets import Size, bucket_of
 from training.likeness import look_alikes
 from training.masks import Mask, is_mask, mask_beside, mask_of_alpha
 from training.recipe import ABOUT, Data
@@ -240,47 +241,61 @@ def store_photos(storage: Storage, name: str, intake: Intake, image_size: int) -
     return StoredPhotos(path, key, len(intake.photos), digest)
 
 
-def crops(png: bytes, image_size: int, data: Data) -> list[NDArray[np.uint8]]:
-    """The squares of a stored photo that are trained on: always `variants` (twice as many with `flip`).
+def crops(png: bytes, image_size: int, data: Data, step: int | None = None) -> list[NDArray[np.uint8]]:
+    """The parts of a stored photo that are trained on: always `variants` (twice as many with `flip`).
+
+    They are squares, or with `buckets` rectangles of its bucket's size, of which the photo keeps all that fits.
 
     A square photo gives the same crop `variants` times, so that every photo keeps its share of the steps.
 
     Args:
         png: A stored photo; its short side is `image_size`.
         image_size: S, in pixels.
-        data: Which squares.
+        data: Which parts.
+        step: What sides of buckets are multiples of; `None` gives squares in any case, as pictures to look at.
 
     Returns:
-        uint8 [S, S, 3] each, in the order of variants, each followed by its mirror image with `flip`.
+        uint8 [S, S, 3] each, or [height, width, 3], in the order of variants, each followed by its mirror image with
+        `flip`.
     """
     with PngImageFile(io.BytesIO(png)) as image:
-        pixels = np.asarray(image)
-    spare = max(pixels.shape[:2]) - image_size
+        width, height = size = (image_size, image_size)
+        if data.buckets and step:
+            width, height = size = bucket_of(*image.size, image_size, step)
+        pixels = np.asarray(_covering(image, size))
+    over = [have - wanted for have, wanted in zip(pixels.shape, (height, width), strict=False)]
+    spare = max(over)
     only = {"start": 0, "center": spare // 2, "end": spare}[data.crop]
     offsets = [only] if data.variants == 1 else np.linspace(0, spare, data.variants).round().astype(int)
     out = []
     for number, offset in enumerate(offsets):
-        rows, columns = (
-            slice(offset, offset + image_size) if side > image_size else slice(0, image_size)
-            for side in pixels.shape[:2]
-        )
-        square = pixels[rows, columns]
+        top, left = (offset if longer else 0 for longer in over)
+        part = pixels[top : top + height, left : left + width]
         if data.rotate and number:
-            square = _turned(square, data.rotate, number)
-        if data.color and number and square.ndim == 3:
-            square = _recoloured(square, data.color, number)
-        out += [square, square[:, ::-1]] if data.flip else [square]
+            part = _turned(part, data.rotate, number)
+        if data.color and number and part.ndim == 3:
+            part = _recoloured(part, data.color, number)
+        out += [part, part[:, ::-1]] if data.flip else [part]
     return out
 
 
+def _covering(image: Image.Image, size: Size) -> Image.Image:
+    """A picture shrunk until it just covers a size; one of its sides is that of the size."""
+    scale = max(wanted / have for wanted, have in zip(size, image.size, strict=True))
+    whole = [max(wanted, round(have * scale)) for wanted, have in zip(size, image.size, strict=True)]
+    covering = (whole[0], whole[1])
+    return image if covering == image.size else image.resize(covering, Image.Resampling.LANCZOS)
+
+
 def _turned(pixels: NDArray[np.uint8], most: float, number: int) -> NDArray[np.uint8]:
-    """Variant `number` [S, S, ...] turned by up to `most` degrees, and enlarged until the square is full."""
+    """Variant `number` [height, width, ...] turned by up to `most` degrees, and enlarged until no corner is empty."""
     angle = np.radians(np.random.Generator(np.random.Philox(key=[number, 1])).uniform(-most, most))
-    scale, middle = 1 / (abs(np.cos(angle)) + abs(np.sin(angle))), len(pixels) / 2
-    cos, sin = float(np.cos(angle) * scale), float(np.sin(angle) * scale)
-    # where each pixel of the turned picture comes from
-    back = (cos, sin, middle - middle * (cos + sin), -sin, cos, middle - middle * (cos - sin))
     image = Image.fromarray(pixels)
+    (width, height), along, across = image.size, abs(np.cos(angle)), abs(np.sin(angle))
+    scale = min(width / (width * along + height * across), height / (width * across + height * along))
+    cos, sin, x, y = float(np.cos(angle) * scale), float(np.sin(angle) * scale), width / 2, height / 2
+    # where each pixel of the turned picture comes from
+    back = (cos, sin, x - cos * x - sin * y, -sin, cos, y + sin * x - cos * y)
     turned = image.transform(image.size, Image.Transform.AFFINE, back, Image.Resampling.BICUBIC)
     return np.asarray(turned)
 
