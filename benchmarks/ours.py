@@ -18,10 +18,11 @@ import torch.distributed as dist
 from torch import nn
 
 from training.batches import Batches
+from training.cuts import crops
 from training.dataplan import DataPlan
 from training.defaults import with_defaults
 from training.engine import TrainingEngine, zero_stage
-from training.intake import crops, read_photos
+from training.intake import read_photos
 from training.lease import LatentTable, Lease
 from training.loop import ResidentBase, build_module
 from training.module import DreamBoothModule

@@ -5,23 +5,23 @@ the tensors, and neither the subject's name nor the time.
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from cluster.errors import UserError
 from cluster.registry import Registry
 from cluster.storage import Storage, sha256
 from training.artifact import Identity
+from training.buckets import Rows, bucket_of, bucket_step
 from training.captions import SUFFIX, read_captions
 from training.decisive import decisive
 from training.embedders import embedders_of, find_embedder
-from training.framing import image_sizes
+from training.framing import Sizes, image_sizes
 from training.identifier import Choice, choose_identifier, new_identifier, token_ids_of
 from training.intake import TABLE, Intake, StoredPhotos, read_photos, store_photos
 from training.latents import ImageSet, Shard
+from training.lease import Lease
 from training.masks import latent_masks
 from training.optimizer_settings import refuse_missing
 from training.pipeline import BaseInfo, load_tokenizer, open_base, token_ids, unsaid_ids
@@ -50,9 +50,9 @@ class Prepared:
     """Of the empty prompt, where captions are dropped; else none."""
     caption_ids: list[list[int]]
     """Of the photos' own prompts, in order, or of `train.templates`; empty where all share one."""
-    masks: NDArray[np.float32] | None
+    masks: Rows | None
     """[N, h, w], 0 to 1: where each training image counts; `None` is everywhere."""
-    sizes: NDArray[np.float32] | None
+    sizes: Sizes | None
     """[N, 6], of each training image, of a base that is told them."""
     photo_names: list[str]
     fingerprint: str
@@ -67,6 +67,42 @@ class Prepared:
         """The address of its prior set when `device` draws it; `None` when it takes no class images."""
         prior = self.run.prior
         return prior_key(self.base, prior, self.identity.class_noun, device) if prior.draws else None
+
+    def lease(
+        self,
+        storage_uri: str,
+        version: str,
+        subject: Sequence[Any],
+        of_class: Sequence[Any],
+        prior_key: str | None,
+        until: int | None = None,
+    ) -> Lease:
+        """The run as a gang takes it, with references to its latents and those of its class; the rest as of `Lease`."""
+        return Lease(
+            run=self.run.model_dump(mode="json", by_alias=True),
+            name=self.name,
+            version=version,
+            base_model=self.base.model,
+            base_revision=self.base.revision,
+            storage_uri=storage_uri,
+            subject_latents=subject,
+            class_latents=of_class if self.run.prior.draws else (),
+            subject_ids=self.subject_ids,
+            class_ids=self.class_ids,
+            identity=self.identity.as_json(),
+            meta={
+                "fingerprint": self.fingerprint,
+                "prior_key": prior_key,
+                "subject_names": self.photo_names,
+            },
+            sample_ids=self.sample_ids,
+            look_ids=self.look_ids,
+            caption_ids=self.caption_ids,
+            empty_ids=self.empty_ids,
+            masks=self.masks,
+            sizes=self.sizes,
+            until=until,
+        )
 
     def subject_images(self) -> ImageSet:
         """The subject's photos, to encode."""
@@ -104,6 +140,7 @@ def prepare(run: Run, storage: Storage) -> Prepared:
     objective = run.train.objective
     intake = read_photos(run.subject.images, base.image_size, objective.mask)
     _check_holdout(run, intake)
+    run = _sized(run, base, intake)
     captions, notes = list(run.train.templates), list(intake.notes)
     if run.train.captions == "files":
         names = [photo.name for photo in intake.photos]
@@ -120,16 +157,21 @@ def prepare(run: Run, storage: Storage) -> Prepared:
     masks = None
     if objective.mask != "none":
         masks = latent_masks(intake, base.image_size, base.vae_factor, run.data)
-        decides.append(sha256(masks.tobytes()))
-    sizes = image_sizes(intake, base.image_size, run.data) if base.kind.sized else None
-    if sizes is not None:
+        decides.append(sha256(b"".join(mask.tobytes() for mask in masks)))
+    sizes = None
+    if base.kind.sized:
+        sizes = image_sizes(intake, base.image_size, run.data, bucket_step(base.image_size, base.vae_factor))
         decides.append(sha256(sizes.tobytes()))
     if run.train.load_best_at_end:
         decides += [run.checkpoint.every, run.validate_.samples]  # they decide which one is the best
     look_ids: list[list[int]] = []
     if run.train.stop:
-        for embedder in embedders_of(base.model, run.train.stop):
-            find_embedder(embedder)
+        dino, clip = embedders_of(base.model, run.train.stop)
+        find_embedder(dino)
+        if find_embedder(clip)[1] != "clip":
+            raise UserError(
+                f"train.stop.clip: {clip} reads no words", "it embeds pictures alone", "name a CLIP"
+            )
         asked = [render_prompt(prompt, noun, choice.identifier) for prompt in run.train.stop.prompts]
         asked.append(render_prompt(CLASS_PROMPT, noun, None))
         look_ids = [unsaid, *token_ids(tokenizer, asked, base.token_limit, identity.words).tolist()]
@@ -180,6 +222,37 @@ def _named(run: Run, base: BaseInfo, tokenizer: Any) -> tuple[Choice, tuple[int,
             "set train.new_tokens.initializer to a word that it knows",
         )
     return choice, ids
+
+
+def _sized(run: Run, base: BaseInfo, intake: Intake) -> Run:
+    """The run with its class images in the sizes of its photos."""
+    step, square = bucket_step(base.image_size, base.vae_factor), (base.image_size, base.image_size)
+    found = [
+        bucket_of(photo.width, photo.height, base.image_size, step) if run.data.buckets else square
+        for photo in intake.photos
+    ]
+    # squares alone are the class images of everybody
+    sizes = () if set(found) == {square} else tuple(sorted(set(found)))
+    if run.prior.sizes not in ((), sizes):
+        raise UserError(
+            "prior.sizes is not that of the photos",
+            f"it is {run.prior.sizes}, they are {sizes or square}",
+            "leave it out; data.buckets: true sets it",
+        )
+    trained = found[: len(found) - run.data.holdout]
+    if run.prior.target == "base" and set(found) - set(trained):
+        raise UserError(
+            "the photos that are held out have a size of their own",
+            f"{min(set(found) - set(trained))}, and with prior.target: base the class's rows are the photos'",
+            "hold out others, or set data.buckets: false",
+        )
+    if run.prior.draws and run.prior.num_images < len(sizes):
+        raise UserError(
+            f"prior.num_images is {run.prior.num_images}, fewer than the sizes of the photos",
+            ", ".join(f"{width}x{height}" for width, height in sizes),
+            f"set it to at least {len(sizes)}, or data.buckets: false",
+        )
+    return run.model_copy(update={"prior": run.prior.model_copy(update={"sizes": sizes})})
 
 
 def _is_caption(note: str) -> bool:

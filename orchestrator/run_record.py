@@ -146,31 +146,7 @@ class RunRecord:
 
     def lease(self, subject: Sequence[Any], of_class: Sequence[Any], prior_key: str | None) -> Lease:
         """The run as a gang takes it, with references to its latents and those of its class."""
-        run, base, prepared = self.prepared.run, self.prepared.base, self.prepared
-        return Lease(
-            run=run.model_dump(mode="json", by_alias=True),
-            name=prepared.name,
-            version=self.version,
-            base_model=base.model,
-            base_revision=base.revision,
-            storage_uri=self.storage.uri,
-            subject_latents=subject,
-            class_latents=of_class,
-            subject_ids=prepared.subject_ids,
-            class_ids=prepared.class_ids,
-            identity=prepared.identity.as_json(),
-            meta={
-                "fingerprint": prepared.fingerprint,
-                "prior_key": prior_key,
-                "subject_names": prepared.photo_names,
-            },
-            sample_ids=prepared.sample_ids,
-            look_ids=prepared.look_ids,
-            caption_ids=prepared.caption_ids,
-            empty_ids=prepared.empty_ids,
-            masks=prepared.masks,
-            sizes=prepared.sizes,
-        )
+        return self.prepared.lease(self.storage.uri, self.version, subject, of_class, prior_key)
 
     def register(self, metrics: Mapping[str, float], prior_key: str | None, alias: str = CHAMPION) -> None:
         """Register the artifact. Our record goes last: what is in it is done, and a restart repeats the rest."""

@@ -132,7 +132,13 @@ def _check_prompts(run: Run) -> None:
             render_prompt(prompt, noun, identifier)
         except UserError as error:
             raise UserError(f"{path}: {error.what}", error.seen, error.do) from None
-    for path, prompts in (("train.prompt", (run.train.prompt,)), ("train.templates", run.train.templates)):
+    looked = run.train.stop.prompts if run.train.stop else ()
+    naming = {
+        "train.prompt": (run.train.prompt,),
+        "train.templates": run.train.templates,
+        "train.stop.prompts": looked,
+    }
+    for path, prompts in naming.items():
         for prompt in prompts:
             if "{subject}" not in prompt:
                 raise UserError(f"{path} does not name the subject", repr(prompt), "say {subject} in it")

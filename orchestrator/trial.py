@@ -20,9 +20,9 @@ from orchestrator.space import key_of, sections
 from orchestrator.spec import parse_run
 from training import checkpoint
 from training.critic import Critic, Picture, Scores, worth
+from training.cuts import crops
 from training.embedders import decoded, open_embedder
 from training.gang import GangShape, run_gang
-from training.intake import crops
 from training.latents import latent_refs
 from training.lease import Lease
 from training.png import tiles
@@ -250,24 +250,8 @@ class Trial:
 
     def _lease(self, prepared: Prepared, until: int) -> Lease:
         subject, of_class = self._place.latents(prepared)
-        preserved = prepared.run.prior.weight > 0
-        return Lease(
-            run=prepared.run.model_dump(mode="json", by_alias=True),
-            name=prepared.name,
-            version=version_of(self._bench.study, self.key),
-            base_model=prepared.base.model,
-            base_revision=prepared.base.revision,
-            storage_uri=self._bench.storage_uri,
-            subject_latents=subject,
-            class_latents=of_class if preserved else (),
-            subject_ids=prepared.subject_ids,
-            class_ids=prepared.class_ids,
-            identity=prepared.identity.as_json(),
-            meta={"fingerprint": prepared.fingerprint, "subject_names": prepared.photo_names},
-            sizes=prepared.sizes,
-            sample_ids=prepared.sample_ids,
-            until=until,
-        )
+        version = version_of(self._bench.study, self.key)
+        return prepared.lease(self._bench.storage_uri, version, subject, of_class, None, until)
 
     def _score(self, prepared: Prepared, lease: Lease, step: int) -> Scores:
         bench = self._bench

@@ -17,6 +17,7 @@ from orchestrator.tracking import discreet, figures
 
 REACH_S = 20.0  # that a server gets to answer when a run begins
 FINISH_S = 60.0  # that it gets to take what is left when a run ends; W&B's own is without end
+_unreached = set[str]()  # servers
 _STEP = "step"  # what W&B shows figures over: its own counts calls, and a validation comes after its step
 
 
@@ -81,6 +82,8 @@ class WandbTracker:
         }
         self._run: Any
         mode = os.environ.get("WANDB_MODE", "online")  # W&B itself reads it once in a process
+        server = os.environ.get("WANDB_BASE_URL", "")
+        mode = "offline" if server in _unreached and mode == "online" else mode
         if mode in ("offline", "dryrun", "disabled"):
             given["mode"] = mode
             self._run = wandb.init(**given)
@@ -88,7 +91,8 @@ class WandbTracker:
             try:
                 self._run = wandb.init(**given, id=run_id, resume="allow")
             except Exception as error:
-                os.environ["WANDB_MODE"] = "offline"  # for what comes after in this process
+                if not isinstance(error, wandb.errors.AuthenticationError | wandb.errors.UsageError):
+                    _unreached.add(server)  # nothing of this process waits for it again
                 self._run = wandb.init(**given, mode="offline")
                 said = discreet(([*str(error).strip().splitlines(), type(error).__name__])[0])
                 note(f"W&B cannot be reached ({said}): kept in {folder / 'wandb'}, `wandb sync` sends it")

@@ -22,6 +22,7 @@ def bankable(run: Run, world: int) -> str | None:
         "train.text_encoder.train": train.text_encoder.train,
         "train.new_tokens.count": train.new_tokens.count > 0,
         "train.objective.mask": train.objective.mask != "none",
+        "data.buckets": run.data.buckets,
         "prior.target": run.prior.weight > 0 and run.prior.target == "base",
         "train.lora.kind": train.lora.kind != "lora",
         "train.lora.dora": train.lora.dora,

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from cluster.errors import SystemFailure, UserError
+from training.buckets import Rows
 from training.conditioning import whole_frame
 from training.dataplan import DataPlan, PlanRow, Role
 from training.lease import LatentTable, Lease, latent_table
@@ -44,8 +45,8 @@ class Batches:
     """Of each row of the subject's table, the number of its own prompt in `token_ids`; empty where all share one."""
     templates: int = 0
     """How many further prompts the subject has, the first of them after the class's."""
-    masks: NDArray[np.float32] | None = None
-    """[N, h, w], of the rows of the subject's table."""
+    masks: Rows | None = None
+    """[N, h, w], of the rows of the subject's table, sizes as theirs."""
     sizes: Sequence[NDArray[np.float32]] | None = None
     """float32 [n, 6] of the rows of each table, of a base that is told sizes."""
 
@@ -62,10 +63,11 @@ class Batches:
         if subject is None:
             raise SystemFailure(f"the lease of {lease.name} has no latents")
         held_out = run.data.holdout * run.data.images_per_photo
-        sizes = _sizes(lease, base, len(subject), of_class) if base.kind.sized else None
+        sizes = _sizes(lease, base, subject, of_class) if base.kind.sized else None
         if run.prior.target == "base" and run.prior.weight > 0:
             # the class's rows are the subject's, with another prompt
             of_class = LatentTable(*(part[: len(subject) - held_out] for part in (subject.mean, subject.std)))
+        numbers = _size_numbers(subject, of_class)
         plan = DataPlan(
             seed=run.train.seed,
             subject_rows=len(subject) - held_out,
@@ -73,6 +75,8 @@ class Batches:
             pairs_per_step=run.train.pairs_per_step,
             num_timesteps=NoiseSchedule.from_config(base.scheduler).num_timesteps,
             prior_weight=run.prior.weight,
+            subject_sizes=numbers[0],
+            class_sizes=numbers[1],
             held_out=held_out,
         )
         pairs = plan.pairs_per_rank(world)
@@ -112,21 +116,23 @@ class Batches:
     def of_validation(self, samples: int) -> Iterator[PairBatch]:
         """This rank's batches of a validation of `samples` pairs, none larger than a micro-batch of a step."""
         rows = self.plan.validation_rows(samples, self.rank, self.world)
-        each = len(self.plan.roles) * max(1, self.plan.pairs_per_rank(self.world) // self.per_step)
+        each = len(self.plan.roles)
+        if not self.plan.subject_sizes:  # else one pair may have another size than the next
+            each *= max(1, self.plan.pairs_per_rank(self.world) // self.per_step)
         for start in range(0, len(rows), each):
             yield self._batch(rows[start : start + each], plain=True)
 
     def _batch(self, rows: Sequence[PlanRow], plain: bool = False) -> PairBatch:
         """The tensors of rows; `plain` ones have noise alone added and their own prompt."""
-        plan, wanted = self.plan, PLAIN if plain else self.objective
+        plan, wanted, shape = self.plan, PLAIN if plain else self.objective, self._shape(rows[0])
         role = torch.tensor([int(row.role) for row in rows])
-        noise = np.stack([self._noise(row.sample_index, wanted) for row in rows])
+        noise = np.stack([self._noise(row.sample_index, shape, wanted) for row in rows])
         if wanted.offset_noise:
-            offsets = np.stack([plan.offset(row.sample_index, self._shape[0]) for row in rows])
+            offsets = np.stack([plan.offset(row.sample_index, shape[0]) for row in rows])
             noise = noise + np.float32(wanted.offset_noise) * offsets
         shown = None
         if wanted.input_perturbation:
-            more = np.stack([plan.perturbation(row.sample_index, self._shape) for row in rows])
+            more = np.stack([plan.perturbation(row.sample_index, shape) for row in rows])
             shown = torch.from_numpy(noise + np.float32(wanted.input_perturbation) * more)
         prompt = torch.tensor([self._prompt(row, plain) for row in rows])
         return PairBatch(
@@ -142,12 +148,12 @@ class Batches:
             sizes=self._sizes(rows),
         ).to(self.device)
 
-    def _noise(self, sample_index: int, wanted: Objective) -> NDArray[np.float32]:
+    def _noise(self, sample_index: int, shape: tuple[int, ...], wanted: Objective) -> NDArray[np.float32]:
         """A sample's noise, float32 [C, h, w], of one resolution or of several."""
         iterations = wanted.multires_noise_iterations
         if not iterations:
-            return self.plan.noise(sample_index, self._shape)
-        return self.plan.multires(sample_index, self._shape, iterations, wanted.multires_noise_discount)
+            return self.plan.noise(sample_index, shape)
+        return self.plan.multires(sample_index, shape, iterations, wanted.multires_noise_discount)
 
     def _prompt(self, row: PlanRow, plain: bool) -> int:
         """The number of a row's prompt in `token_ids`."""
@@ -165,7 +171,7 @@ class Batches:
         """Where rows show what is learnt, float32 [B, 1, h, w]: those of the class everywhere."""
         if self.masks is None:
             return None
-        whole = np.ones(self._shape[1:], np.float32)
+        whole = np.ones(self._shape(rows[0])[1:], np.float32)
         found = [self.masks[row.table_row] if row.role is Role.SUBJECT else whole for row in rows]
         return torch.from_numpy(np.stack(found))[:, None]
 
@@ -175,30 +181,52 @@ class Batches:
             return None
         return torch.from_numpy(np.stack([self.sizes[row.role][row.table_row] for row in rows]))
 
-    @property
-    def _shape(self) -> tuple[int, ...]:
-        """(C, h, w)."""
-        table = self.tables[Role.SUBJECT]
+    def _shape(self, row: PlanRow) -> tuple[int, ...]:
+        """(C, h, w) of a row, and of all that are in a batch with it."""
+        table = self.tables[row.role]
         assert table is not None
-        return table.mean.shape[1:]
+        return table.mean[row.table_row].shape
 
     def _latent(self, row: PlanRow) -> Any:
         """A sample of a row's posterior, scaled, float32 [C, h, w]."""
         table = self.tables[row.role]
         assert table is not None  # the plan has class rows only when there is a class table
         mean, std = table.mean[row.table_row], table.std[row.table_row]
-        return (mean + std * self.plan.posterior_noise(row.sample_index, self._shape)) * np.float32(
+        return (mean + std * self.plan.posterior_noise(row.sample_index, mean.shape)) * np.float32(
             self.scaling_factor
         )
 
 
 def _sizes(
-    lease: Lease, base: BaseInfo, subject_rows: int, of_class: LatentTable | None
+    lease: Lease, base: BaseInfo, subject: LatentTable, of_class: LatentTable | None
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """The sizes of the subject's and the class's rows, float32 [n, 6] each.
 
-    Class images were drawn at the base's own size and are all there; without them, the class's rows are the subject's.
+    Class images are all there, at the sizes that they were drawn at; without them, the class's rows are the subject's.
     """
-    own = np.asarray([whole_frame(base.image_size, base.image_size)], np.float32)
-    subject = np.repeat(own, subject_rows, axis=0) if lease.sizes is None else lease.sizes
-    return subject, subject if of_class is None else np.repeat(own, len(of_class), axis=0)
+    own = _whole_frames(subject, base) if lease.sizes is None else lease.sizes
+    return own, own if of_class is None else _whole_frames(of_class, base)
+
+
+def _whole_frames(table: LatentTable, base: BaseInfo) -> NDArray[np.float32]:
+    frames = [whole_frame(*(side * base.vae_factor for side in mean.shape[1:])) for mean in table.mean]
+    return np.asarray(frames, np.float32)
+
+
+def _size_numbers(
+    subject: LatentTable, of_class: LatentTable | None
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The numbers of the sizes of the rows of both tables; none where all have one.
+
+    Raises:
+        SystemFailure: The subject has a size that the class has not.
+    """
+    shapes = [[row.shape for row in table.mean] if table else [] for table in (subject, of_class)]
+    known = sorted({shape for rows in shapes for shape in rows})
+    if len(known) == 1:
+        return (), ()
+    lacking = set(shapes[0]) - set(shapes[1])
+    if of_class and lacking:
+        raise SystemFailure("the class's images lack a size of the subject's", f"latents of {min(lacking)}")
+    ours, theirs = (tuple(known.index(shape) for shape in rows) for rows in shapes)
+    return ours, theirs

@@ -41,6 +41,7 @@ class _Stream(IntEnum):
     CAPTION = 7
     TEMPLATE = 8
     MULTIRES = 9
+    SIZE = 10
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,24 @@ def _order(seed: int, stream: _Stream, epoch: int, rows: int) -> NDArray[np.int6
     return _generator(seed, stream, epoch).permutation(rows)
 
 
+@lru_cache(maxsize=4)
+def _step_of_size(seed: int, sizes: tuple[int, ...], step: int) -> tuple[int, int]:
+    """The size of a step's rows, and how many steps before it had that size.
+
+    Of as many steps as there are photos each photo decides one, so that all photos have the same share.
+    """
+    epoch, number = divmod(step, len(sizes))
+    order = [sizes[row] for row in _order(seed, _Stream.SIZE, epoch, len(sizes))]
+    size = order[number]
+    return size, epoch * sizes.count(size) + order[:number].count(size)
+
+
+@lru_cache(maxsize=64)
+def _rows_of(sizes: tuple[int, ...], size: int) -> list[int]:
+    """The rows that have a size."""
+    return [row for row, other in enumerate(sizes) if other == size]
+
+
 @dataclass(frozen=True)
 class DataPlan:
     """The plan of a whole run."""
@@ -93,6 +112,10 @@ class DataPlan:
     """Pairs in a step, over all ranks together."""
     num_timesteps: int
     prior_weight: float
+    subject_sizes: tuple[int, ...] = ()
+    """Of each row of the subject's table the number of its size; empty where all have one. A step is of one size."""
+    class_sizes: tuple[int, ...] = ()
+    """Of each row of the class's table likewise; every size of the subject is among them."""
     held_out: int = 0
     """Rows of the subject's latent table after those: the validation has them. 0 has it use the trained ones."""
 
@@ -124,13 +147,27 @@ class DataPlan:
             stream = _Stream.SUBJECT_ORDER if subject else _Stream.CLASS_ORDER
             share = (1.0 if subject else self.prior_weight) / self.pairs_per_step
             sample = 2 * pair + role
+            if self.subject_sizes:
+                row = self._row_of_size(role, step, place if real else 0)
+            else:
+                row = int(_order(self.seed, stream, pair // count, count)[pair % count])
             yield PlanRow(
                 role=role,
-                table_row=int(_order(self.seed, stream, pair // count, count)[pair % count]),
+                table_row=row,
                 sample_index=sample,
                 weight=share if real else 0.0,
                 timestep=int(_generator(self.seed, _Stream.TIMESTEP, sample).integers(self.num_timesteps)),
             )
+
+    def _row_of_size(self, role: Role, step: int, place: int) -> int:
+        """The table row of a place of a step: the pairs of the steps of a size go through its rows, round by round."""
+        size, before = _step_of_size(self.seed, self.subject_sizes[: self.subject_rows], step)
+        pair, subject = before * self.pairs_per_step + place, role is Role.SUBJECT
+        stream = _Stream.SUBJECT_ORDER if subject else _Stream.CLASS_ORDER
+        rows = _rows_of(self.subject_sizes[: self.subject_rows] if subject else self.class_sizes, size)
+        # the times that rows of a size were gone through, told apart from those of other sizes
+        turn = pair // len(rows) * len(self.subject_sizes) + size
+        return rows[int(_order(self.seed, stream, turn, len(rows))[pair % len(rows)])]
 
     def validation_rows(self, samples: int, rank: int, world: int) -> list[PlanRow]:
         """This rank's rows of a validation of `samples` pairs, pair by pair: always the same, whatever the step is.
@@ -149,9 +186,16 @@ class DataPlan:
             first = self.subject_rows if subject and self.held_out else 0
             count = (self.held_out or self.subject_rows) if subject else self.class_rows
             share = (1.0 if subject else self.prior_weight) / samples
+            row = first + number % count
+            if subject:
+                photo = row
+            elif self.subject_sizes:
+                size = self.subject_sizes[photo]
+                rows = _rows_of(self.class_sizes, size)
+                row = rows[number % len(rows)]
             yield PlanRow(
                 role=role,
-                table_row=first + number % count,
+                table_row=row,
                 sample_index=2 * (VALIDATION + number) + role,
                 weight=share if real else 0.0,
                 timestep=(2 * number + 1) * self.num_timesteps // (2 * samples),

@@ -10,6 +10,8 @@ LATER = (
     "prior.target",
     "data.color",
     "data.rotate",
+    "data.buckets",
+    "prior.sizes",
     "train.lora.kind",
     "train.lora.dora",
     "train.text_encoder.stop_after",

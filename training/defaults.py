@@ -60,7 +60,7 @@ OF_OPTIMIZER: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-_NAMED_XL = re.compile(r"(?:^|[^a-z])(?:sd)?xl(?:[^a-z]|$)", re.IGNORECASE)
+_NAMED_XL = re.compile(r"XL(?![a-z])|(?:^|[^a-zA-Z])(?:sd)?xl(?![a-zA-Z])|[a-z]xl(?=[-_]v?\d)")
 
 
 def base_family(model: str, revision: str | None = None) -> str:
@@ -90,4 +90,8 @@ def with_defaults(raw: Mapping[str, Any]) -> dict[str, Any]:
     table: dict[str, Mapping[str, Any]] = {
         name: d for (owner, name), d in DEFAULTS.items() if owner == family
     }
-    return merge(merge(table.get(str(method), {}), OF_OPTIMIZER.get(str(named), {})), raw)
+    under = merge(table.get(str(method), {}), OF_OPTIMIZER.get(str(named), {}))
+    tokens = train.get("new_tokens") if isinstance(train, Mapping) else None
+    if named == "prodigy" and isinstance(tokens, Mapping) and tokens.get("count"):
+        under = merge(under, {"train": {"new_tokens": {"lr": 1.0}}})  # one rate for all, as it finds one
+    return merge(under, raw)

@@ -53,18 +53,19 @@ class Drawer:
         """Images [height, width, 3] uint8, in the order of the requests.
 
         Args:
-            requests: Any mixture of prompts, samplers, steps and guidance, all of one size.
+            requests: Any mixture of prompts, samplers, steps, guidance and sizes; those of one size are drawn together.
             on_step: Called with the denoising steps of images done and in all.
 
         Raises:
             UserError: A prompt is too long, or a sampler cannot do what is asked.
         """
-        waiting = deque(enumerate([self.studio.row(request, self._outfit) for request in requests]))
+        rows = enumerate([self.studio.row(request, self._outfit) for request in requests])
+        waiting = deque(sorted(rows, key=lambda row: tuple(row[1].x.shape)))
         total, done = sum(len(row.table) for _, row in waiting), 0
         running: list[tuple[int, Row]] = []
         images: dict[int, NDArray[np.uint8]] = {}
         while waiting or running:
-            while waiting and sum(r.cost for _, r in running) + waiting[0][1].cost <= self.studio.width:
+            while waiting and self._fits(waiting[0][1], [row for _, row in running]):
                 running.append(waiting.popleft())
             self.studio.step([row for _, row in running])
             done += len(running)
@@ -73,3 +74,9 @@ class Drawer:
             if on_step:
                 on_step(done, total)
         return [images[i] for i in range(len(requests))]
+
+    def _fits(self, row: Row, running: Sequence[Row]) -> bool:
+        """Whether a row may join those that are drawn: it has their size, and there is room."""
+        if running and running[0].x.shape != row.x.shape:
+            return False
+        return sum(other.cost for other in running) + row.cost <= self.studio.width

@@ -104,7 +104,9 @@ class Figures:
         storage.write(path, "".join(self._sent).encode())
 
     def final(self) -> dict[str, float]:
-        """The mean losses of the last steps."""
+        """The mean losses of the last steps; none where no step is known."""
+        if not self._last:
+            return {}
         subject, of_class = (math.fsum(part) / len(self._last) for part in zip(*self._last, strict=True))
         return {"loss_subject": subject, "loss_class": of_class}
 

@@ -8,35 +8,36 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from training.intake import Intake, offsets
+from training.cuts import cuts
+from training.intake import Intake
 from training.recipe import Data
 
 Sizes = NDArray[np.float32]
 
 
-def image_sizes(intake: Intake, image_size: int, data: Data) -> Sizes:
+def image_sizes(intake: Intake, image_size: int, data: Data, step: int | None = None) -> Sizes:
     """The sizes of each training image, float32 [N, 6], in the order of `crops`.
 
-    A photo counts with its true size, upright; where the square begins is counted in the photo as it is after its
-    short side became S, what was cut off of a long one included. A mirror image begins where it does in the mirrored
-    photo.
+    A photo counts with its true size, upright; where a part begins is counted in the photo as it is after it was shrunk
+    until it just covered the part, what was cut off of a long one included. A mirror image begins where it does in the
+    mirrored photo.
 
     Args:
         intake: Photos.
         image_size: S.
         data: The crops and mirror images, as of the photos.
+        step: What sides of buckets are multiples of, as of the photos.
 
     Source:
         arXiv 2307.01952, section 2.2; diffusers' scripts count as much, but of the photo before a crop of their own.
     """
     rows: list[Any] = []
     for photo in intake.photos:
-        top, left = photo.cut
-        spare = max(photo.width, photo.height) - image_size
-        for offset in offsets(spare, data):
-            tall = photo.height > photo.width
-            down, right = (offset, 0) if tall else (0, offset)
-            mirrored = photo.width - right - image_size
-            for start in (right, mirrored) if data.flip else (right,):
-                rows.append((*photo.original, top + down, left + start, image_size, image_size))
+        found = cuts((photo.width, photo.height), image_size, data, step)
+        above, beside = (round(cut * found.covering[0] / photo.width) for cut in photo.cut)
+        width, height = found.size
+        for top, left in found.corners:
+            mirrored = found.covering[0] - left - width
+            for start in (left, mirrored) if data.flip else (left,):
+                rows.append((*photo.original, above + top, beside + start, height, width))
     return np.asarray(rows, dtype=np.float32)

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from PIL.ImageFile import ImageFile
 from PIL.JpegImagePlugin import JpegImageFile
@@ -23,7 +22,7 @@ from cluster.source import Entry, entries, find, read
 from cluster.storage import Storage, sha256, sha256_file
 from training.likeness import look_alikes
 from training.masks import Mask, is_mask, mask_beside, mask_of_alpha
-from training.recipe import ABOUT, Data
+from training.recipe import ABOUT
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 MAX_BYTES = 50_000_000
@@ -246,63 +245,3 @@ def store_photos(storage: Storage, name: str, intake: Intake, image_size: int) -
             meta = {"kind": "raybooth-photos", "count": len(intake.photos), "image_size": image_size}
             storage.publish(Path(scratch), path, meta)
     return StoredPhotos(path, key, len(intake.photos), digest)
-
-
-def crops(png: bytes, image_size: int, data: Data) -> list[NDArray[np.uint8]]:
-    """The squares of a stored photo that are trained on: always `variants` (twice as many with `flip`).
-
-    A square photo gives the same crop `variants` times, so that every photo keeps its share of the steps.
-
-    Args:
-        png: A stored photo; its short side is `image_size`.
-        image_size: S, in pixels.
-        data: Which squares.
-
-    Returns:
-        uint8 [S, S, 3] each, in the order of variants, each followed by its mirror image with `flip`.
-    """
-    with PngImageFile(io.BytesIO(png)) as image:
-        pixels = np.asarray(image)
-    out = []
-    for number, offset in enumerate(offsets(max(pixels.shape[:2]) - image_size, data)):
-        rows, columns = (
-            slice(offset, offset + image_size) if side > image_size else slice(0, image_size)
-            for side in pixels.shape[:2]
-        )
-        square = pixels[rows, columns]
-        if data.rotate and number:
-            square = _turned(square, data.rotate, number)
-        if data.color and number and square.ndim == 3:
-            square = _recoloured(square, data.color, number)
-        out += [square, square[:, ::-1]] if data.flip else [square]
-    return out
-
-
-def offsets(spare: int, data: Data) -> list[int]:
-    """Where the squares of a photo begin along its long side, which is `spare` pixels longer than they are."""
-    if data.variants == 1:
-        return [{"start": 0, "center": spare // 2, "end": spare}[data.crop]]
-    return [int(offset) for offset in np.linspace(0, spare, data.variants).round()]
-
-
-def _turned(pixels: NDArray[np.uint8], most: float, number: int) -> NDArray[np.uint8]:
-    """Variant `number` [S, S, ...] turned by up to `most` degrees, and enlarged until the square is full."""
-    angle = np.radians(np.random.Generator(np.random.Philox(key=[number, 1])).uniform(-most, most))
-    scale, middle = 1 / (abs(np.cos(angle)) + abs(np.sin(angle))), len(pixels) / 2
-    cos, sin = float(np.cos(angle) * scale), float(np.sin(angle) * scale)
-    # where each pixel of the turned picture comes from
-    back = (cos, sin, middle - middle * (cos + sin), -sin, cos, middle - middle * (cos - sin))
-    image = Image.fromarray(pixels)
-    turned = image.transform(image.size, Image.Transform.AFFINE, back, Image.Resampling.BICUBIC)
-    return np.asarray(turned)
-
-
-def _recoloured(pixels: NDArray[np.uint8], strength: float, number: int) -> NDArray[np.uint8]:
-    """Variant `number` [S, S, 3]: brightness, contrast and saturation differ, each by up to `strength`."""
-    factors = np.random.Generator(np.random.Philox(key=number)).uniform(1 - strength, 1 + strength, 3)
-    bright, contrast, saturation = factors.astype(np.float32)
-    out = pixels.astype(np.float32) * bright
-    out = (out - out.mean()) * contrast + out.mean()
-    grey = (0.299 * out[..., 0] + 0.587 * out[..., 1] + 0.114 * out[..., 2])[..., None]
-    recoloured: NDArray[np.uint8] = ((out - grey) * saturation + grey).round().clip(0, 255).astype(np.uint8)
-    return recoloured

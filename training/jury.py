@@ -5,24 +5,26 @@ too. What the pristine base draws of the class, for the same prompt and seeds, i
 """
 
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from cluster.errors import RayboothError, failure_of
 from training.batches import Batches
 from training.critic import Critic, Picture, worth
 from training.embedders import embedders_of, open_embedder
 from training.engine import TrainingEngine
 from training.lease import Lease, latent_table
 from training.patience import Look
-from training.pipeline import BaseInfo, load_vae
+from training.pipeline import BaseInfo
 from training.png import Pixels
 from training.prompt import CLASS_PROMPT
 from training.recipe import Validate
-from training.samples import Samples
+from training.samples import Decoder, Samples
 from training.stop_settings import Stop
-from training.studio import pixels
 
 
 class Jury:
@@ -54,9 +56,11 @@ class Jury:
             guidance=lease.recipe.validate_.guidance,
             unguided=False,
         )
-        self._samples = Samples(lease, base, text_encoder, batches, own, lease.look_ids)
+        self.decoder = Decoder(base, batches.device)
+        made = partial(Samples, lease, base, text_encoder, batches, self.decoder)
+        self._samples = made(own, lease.look_ids)
         of_class, ids = own.model_copy(update={"prompts": (CLASS_PROMPT,)}), lease.look_ids
-        self._pristine = Samples(lease, base, text_encoder, batches, of_class, [ids[0], ids[-1]])
+        self._pristine = made(of_class, [ids[0], ids[-1]])
         self._unet = unet
         self._critic: Critic | None = None
         self._of_base: list[Picture] | None = None  # of the class; drawn at the first look
@@ -68,22 +72,30 @@ class Jury:
             engine: Of the run.
             step: Steps that it has trained.
             loss: The validation loss now, if it is known.
+
+        Raises:
+            UserError: An embedder cannot be used where rank 0 is.
         """
         if self._of_base is None:
             self._of_base = self._pictures((CLASS_PROMPT,), self._pristine.of_base(self._unet, engine))
         drawn = self._pictures((*self._stop.prompts, CLASS_PROMPT), self._samples.images(engine))
         own, of_class = drawn[: -self._stop.num_images], drawn[-self._stop.num_images :]
-        found: list[Look | None] = [None]
+        found: list[Any] = [None]
         if self._batches.rank == 0:
-            self._critic = self._critic or self._new_critic()
-            scores = self._critic.score(own, of_class, self._of_base)
-            dino, clip_t = (scores.metrics[key].value for key in ("dino", "clip_t"))
-            drift = scores.drift.value if scores.drift else 0.0
-            found = [Look(step, worth(scores), dino, clip_t, drift, loss)]
+            try:
+                self._critic = self._critic or self._new_critic()
+                scores = self._critic.score(own, of_class, self._of_base)
+            except RayboothError as error:  # all ranks fail with it, or the others would wait for this one
+                found = [{**error.as_json(), "exit_code": error.exit_code}]
+            else:
+                dino, clip_t = (scores.metrics[key].value for key in ("dino", "clip_t"))
+                drift = scores.drift.value if scores.drift else 0.0
+                found = [Look(step, worth(scores), dino, clip_t, drift, loss)]
         if self._batches.world > 1:
             dist.broadcast_object_list(found, src=0)
-        assert found[0] is not None
-        return found[0]
+        if isinstance(found[0], Look):
+            return found[0]
+        raise failure_of(found[0])
 
     def _pictures(self, prompts: Sequence[str], images: Sequence[Pixels] | None) -> list[Picture]:
         """Drawings with what was asked for; none on ranks that do not decode them."""
@@ -91,7 +103,7 @@ class Jury:
         return [Picture(*one, picture) for one, picture in zip(asked, images, strict=True)] if images else []
 
     def _new_critic(self) -> Critic:
-        """On the CPU: a few pictures are seen in a moment there, and the device's memory is the run's."""
+        """Its embedders on the CPU: a few pictures are seen in a moment there, and the device's memory is the run's."""
         dino, clip = embedders_of(self._base.model, self._stop)
         noun = str(self._lease.identity["class_noun"])
         return Critic(self._photos(), noun, open_embedder(dino), open_embedder(clip))
@@ -100,6 +112,9 @@ class Jury:
         """The photos that are trained, the first variant of each."""
         table, data = latent_table(self._lease.subject_latents), self._lease.recipe.data
         assert table is not None
-        rows = table.mean[:: data.images_per_photo][: len(table) // data.images_per_photo - data.holdout]
-        vae, scale = load_vae(self._base), self._base.scaling_factor
-        return [pixels(vae, torch.from_numpy(row) * scale, scale) for row in rows]
+        firsts = range(0, len(table) - data.holdout * data.images_per_photo, data.images_per_photo)
+        scale, device = self._base.scaling_factor, self._batches.device
+        with torch.no_grad():
+            return [
+                self.decoder.pixels(torch.from_numpy(table.mean[row]).to(device) * scale) for row in firsts
+            ]

@@ -38,7 +38,7 @@ def latent_path(base: BaseInfo, images: ImageSet) -> str:
     """Where the latents of a set lie under the root; the same images, crops and VAE give the same place."""
     data = images.data
     # what came later changes no place where it is not used
-    later = {name for name in ("color", "rotate") if not getattr(data, name)}
+    later = {name for name in ("color", "rotate", "buckets") if not getattr(data, name)}
     parts = (LATENT_FORMAT, base.revision, images.key, data.model_dump_json(exclude=later))
     return f"latents/{sha256(repr(parts).encode())[:16]}"
 
@@ -68,7 +68,8 @@ def write_latents(
         rows: `row`, and `mean` and `std`, float32 [C, h, w], of every image of the shard.
     """
     path = latent_path(base, images)
-    shape = np.asarray(rows[0]["mean"]).shape
+    shapes = [list(np.asarray(row["mean"]).shape) for row in rows]
+    one = all(shape == shapes[0] for shape in shapes)
     digest = storage.write_rows(
         f"{path}/{name}",
         {
@@ -89,7 +90,7 @@ def write_latents(
             "sha256": digest,
             "source": images.shards[name].sha256,
             "count": len(rows),
-            "shape": list(shape),
+            **({"shape": shapes[0]} if one else {"shapes": shapes}),
         }
         storage.write_json(f"{path}/{MANIFEST}", manifest)
 
@@ -104,7 +105,8 @@ def latent_refs(storage: Storage, base: BaseInfo, images: ImageSet, limit: int |
         limit: Use the first `limit` images; `None` uses all.
 
     Returns:
-        References to `{"mean": float32 [N, C, h, w], "std": float32 [N, C, h, w]}`, unscaled.
+        References to `{"mean": float32 [N, C, h, w], "std": float32 [N, C, h, w]}`, unscaled; where sizes differ, to
+        lists of N arrays.
     """
     path, left, refs = latent_path(base, images), limit, []
     manifest = storage.read_json(f"{path}/{MANIFEST}")
@@ -113,11 +115,15 @@ def latent_refs(storage: Storage, base: BaseInfo, images: ImageSet, limit: int |
             break
         entry = manifest["shards"][name]
         rows = storage.read_rows(f"{path}/{name}", entry["sha256"])
-        shape = (-1, *entry["shape"])
-        arrays = {
-            key: np.frombuffer(b"".join(rows[key][:left]), dtype="<f4").reshape(shape)
-            for key in ("mean", "std")
-        }
+        arrays = {key: _arrays(rows[key][:left], entry) for key in ("mean", "std")}
         refs.append(put(arrays))
         left = None if left is None else left - len(arrays["mean"])
     return refs
+
+
+def _arrays(rows: Sequence[bytes], entry: Mapping[str, Any]) -> Any:
+    """Rows of a shard as one array, or as a list of arrays of their own sizes."""
+    if "shape" in entry:
+        return np.frombuffer(b"".join(rows), dtype="<f4").reshape(-1, *entry["shape"])
+    shapes = entry["shapes"][: len(rows)]
+    return [np.frombuffer(row, dtype="<f4").reshape(shape) for row, shape in zip(rows, shapes, strict=True)]

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cluster.mailbox import fetch
+from training.buckets import Rows
 from training.recipe import Run
 
 
@@ -18,9 +19,9 @@ from training.recipe import Run
 class LatentTable:
     """The VAE posterior of every image of a subject or a class, unscaled."""
 
-    mean: NDArray[np.float32]
+    mean: Rows
     """[N, C, h, w]."""
-    std: NDArray[np.float32]
+    std: Rows
     """[N, C, h, w]."""
 
     def __len__(self) -> int:
@@ -54,8 +55,8 @@ class Lease:
     """Token ids of the photos' own prompts, in order, or of `train.templates`; empty where all share one."""
     empty_ids: Sequence[int] = ()
     """Token ids of the empty prompt, where captions are dropped."""
-    masks: NDArray[np.float32] | None = None
-    """[N, h, w], 0 to 1: where each row of the subject's latents counts; `None` is everywhere."""
+    masks: Rows | None = None
+    """[N, h, w], 0 to 1: where each row of the subject's latents counts, sizes as theirs; `None` is everywhere."""
     sizes: NDArray[np.float32] | None = None
     """[N, 6], of each row of the subject's latents: `Conditioning.sizes`. `None` is pictures of the base's own size."""
     sample_ids: Sequence[Sequence[int]] = ()
@@ -126,4 +127,7 @@ def latent_table(references: Sequence[Any]) -> LatentTable | None:
         return None
     if len(blocks) == 1:  # the arrays stay where they are, in shared memory
         return LatentTable(blocks[0]["mean"], blocks[0]["std"])
-    return LatentTable(*(np.concatenate([block[key] for block in blocks]) for key in ("mean", "std")))
+    parts = [[block[key] for block in blocks] for key in ("mean", "std")]
+    if all(isinstance(part, np.ndarray) and part.shape[1:] == parts[0][0].shape[1:] for part in parts[0]):
+        return LatentTable(*(np.concatenate(part) for part in parts))
+    return LatentTable(*([row for rows in part for row in rows] for part in parts))

@@ -95,7 +95,7 @@ def train_run(
     del state  # the engine lets go of it after its first step
     images = partial(image_names, lease, batches)
     figures = Figures(report if rank == 0 else None, world, images, base.device)
-    figures.go_on(rows_kept(storage, f"{lease.run_path}/{ROWS}", start) if rank == 0 else [])
+    figures.go_on(rows_kept(storage, f"{lease.run_path}/{ROWS}", start))
     jury, patience = _judged(lease, storage, base, batches, start)
     services = Services(
         lease, storage, base.info, base.text_encoder, engine, batches, figures, stage, report, jury, patience

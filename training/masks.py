@@ -9,12 +9,13 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 from PIL.PngImagePlugin import PngImageFile
 
 from cluster.errors import UserError
 from cluster.source import Entry, read
+from training.buckets import Rows, bucket_step
+from training.cuts import crops
 from training.recipe import Data
 
 if TYPE_CHECKING:
@@ -77,8 +78,10 @@ def mask_beside(photo: Entry, masks: Mapping[str, Entry], size: tuple[int, int])
     return found
 
 
-def latent_masks(intake: "Intake", image_size: int, factor: int, data: Data) -> NDArray[np.float32]:
+def latent_masks(intake: "Intake", image_size: int, factor: int, data: Data) -> Rows:
     """Where each training image counts, float32 [N, h, w] from 0 to 1: the share of white of each latent's pixels.
+
+    Where sizes differ, a list of N.
 
     Args:
         intake: Photos with masks.
@@ -89,17 +92,16 @@ def latent_masks(intake: "Intake", image_size: int, factor: int, data: Data) -> 
     Raises:
         UserError: Nothing of an image would be learnt.
     """
-    from training.intake import crops  # which reads masks as it reads photos
-
-    side, found = image_size // factor, []
+    step, found = bucket_step(image_size, factor), []
     for photo in intake.photos:
-        for cut in crops(photo.mask, image_size, data):
-            share = cut.reshape(side, factor, side, factor).mean(axis=(1, 3)) / 255
+        for cut in crops(photo.mask, image_size, data, step):
+            height, width = (side // factor for side in cut.shape)
+            share = cut.reshape(height, factor, width, factor).mean(axis=(1, 3)) / 255
             if share.max() < 0.5:
                 raise UserError(
                     f"the mask of {photo.name} is empty",
-                    "no part of the square that is trained on is white",
-                    "draw it again, or set data.crop or data.variants so that the subject is in the square",
+                    "no part of the crop that is trained on is white",
+                    "draw it again, or set data.crop or data.variants so that the subject is in it",
                 )
             found.append(share.astype(np.float32))
-    return np.stack(found)
+    return np.stack(found) if len({share.shape for share in found}) == 1 else found

@@ -166,6 +166,7 @@ class _Sizes:
         else:  # parameters stay gathered from their first use until the backward pass is through
             backward, reduction = live.alone + self.module, self.module + self.bucket
         saves, copies = self.run.train.steps > self.run.checkpoint.every, 3 if self.stage > 0 else 0
+        saves = saves or self.run.train.stop is not None
         update = 0
         if self.run.train.optimizer.name == "adamw-schedulefree":
             # gradients and what they are divided by; the average, and what stands in its place for so long

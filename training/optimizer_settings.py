@@ -66,6 +66,8 @@ class Optimizer(Section):
         for option, names in _READERS.items():
             if self.name not in names and getattr(self, option) != type(self).model_fields[option].default:
                 raise ValueError(f"`{option}` takes no effect with name: {self.name}; leave it out")
+        if self.name == "adamw-schedulefree" and self.betas and not self.betas[0]:
+            raise ValueError("`betas` must begin above 0 with name: adamw-schedulefree, which divides by it")
         return self
 
     @property

@@ -61,11 +61,11 @@ def tiles(picture: Pixels, columns: int, rows: int, gap: int = GAP) -> list[Pixe
 
 
 def grid(images: Sequence[Pixels], columns: int, gap: int = GAP) -> Pixels:
-    """Images of one size [H, W, 3] in rows of `columns`, on white."""
-    height, width = images[0].shape[:2]
+    """Images [H, W, 3] in rows of `columns`, on white, each in a cell that the largest ones fill."""
+    height, width = (max(image.shape[axis] for image in images) for axis in (0, 1))
     rows = ceil(len(images) / columns)
     canvas = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, 3), 255, dtype=np.uint8)
     for number, image in enumerate(images):
         top, left = (number // columns) * (height + gap), (number % columns) * (width + gap)
-        canvas[top : top + height, left : left + width] = image
+        canvas[top : top + image.shape[0], left : left + image.shape[1]] = image
     return canvas

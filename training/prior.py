@@ -41,6 +41,7 @@ def prior_spec(base: BaseInfo, prior: Prior, class_noun: str, device: str = "cpu
         "image_size": base.image_size,
         "seed": prior.seed,
         "seed_scheme": SEED_SCHEME,
+        **({"sizes": [list(size) for size in prior.sizes]} if prior.sizes else {}),
         "dtype": "float32",
         "device": device,
         "width": FORWARD_ROWS[device],
@@ -52,6 +53,13 @@ def prior_key(base: BaseInfo, prior: Prior, class_noun: str, device: str = "cpu"
     """The address of a prior set, 16 hex digits."""
     spec = prior_spec(base, prior, class_noun, device)
     return sha256(json.dumps(spec, sort_keys=True).encode())[:16]
+
+
+def size_of(prior: Prior, index: int) -> dict[str, int]:
+    """`width` and `height` of image `index` of a set, where they are not the base's: its sizes take turns."""
+    if not prior.sizes:
+        return {}
+    return dict(zip(("width", "height"), prior.sizes[index % len(prior.sizes)], strict=True))
 
 
 def prior_path(key: str) -> str:
@@ -72,7 +80,8 @@ def prior_images(storage: Storage, key: str, limit: int) -> ImageSet:
         entry["name"]: Shard(f"{path}/{entry['name']}", entry["sha256"], entry["count"])
         for entry in _entries(storage, key, limit)
     }
-    return ImageSet(key, used, Data())
+    spec = storage.read_json(f"{path}/{MANIFEST}")["spec"]
+    return ImageSet(key, used, Data(buckets=bool(spec.get("sizes"))))
 
 
 def prior_pngs(storage: Storage, key: str, limit: int) -> Iterator[bytes]:
@@ -215,6 +224,7 @@ class _Set:
                 "steps": prior.steps,
                 "guidance": prior.guidance,
                 "sampler": prior.sampler,
+                **size_of(prior, index),
             }
             for index in range(int(self._manifest["count"]), prior.num_images)
         ]

@@ -85,6 +85,9 @@ class Prior(Section):
     seed: int = Field(default=0, ge=0, lt=2**31)
     """First seed; image i is drawn from a seed of its own made of this and i."""
 
+    sizes: tuple[tuple[int, int], ...] = ()
+    """Width and height of the class images, taking turns; empty is the base's square. `data.buckets` sets it."""
+
     @property
     def draws(self) -> bool:
         """Whether class images are drawn for it."""
@@ -105,6 +108,9 @@ class Data(Section):
     colours are its own."""
     rotate: float = Field(default=0.0, ge=0, le=45)
     """How many degrees variants are turned at most, enlarged so that no corner is empty; the first stays as it is."""
+    buckets: bool = False
+    """Train photos in about their own shape, in sizes of about the base's area, and class images of these sizes. Off:
+    squares."""
     holdout: int = Field(default=0, ge=0, le=1000)
     """Photos kept from training, the last ones in order: the validation loss is theirs. 0 takes it on the photos that
     are trained, with noise that is not."""

@@ -43,7 +43,7 @@ class EncodeWorker:
             means.append(mean[0].cpu().numpy())
             stds.append(std[0].cpu().numpy())
         kept = {key: batch[key] for key in ("set", "shard", "row", "error")}
-        return {**kept, "mean": np.stack(means), "std": np.stack(stds)}
+        return {**kept, "mean": _column(means), "std": _column(stds)}
 
 
 class EncodeShards:
@@ -60,7 +60,17 @@ class EncodeShards:
         read = self.read({key: column[0] for key, column in batch.items()})
         for start in range(0, len(read), self.rows):
             part = read[start : start + self.rows]
-            yield self.encode({key: np.array([row[key] for row in part]) for key in part[0]})
+            columns = {key: np.array([row[key] for row in part]) for key in part[0] if key != "pixels"}
+            yield self.encode({**columns, "pixels": [row["pixels"] for row in part]})
+
+
+def _column(arrays: list[Any]) -> Any:
+    """Arrays as a column: stacked, or where sizes differ each by itself."""
+    if all(array.shape == arrays[0].shape for array in arrays):
+        return np.stack(arrays)
+    column = np.empty(len(arrays), dtype=object)
+    column[:] = arrays
+    return column
 
 
 class DrawWorker:

@@ -26,6 +26,19 @@ from training.schedule import NoiseSchedule, trained_scheduler
 from training.studio import pixels
 
 
+class Decoder:
+    """A base's autoencoder, loaded when the first picture is decoded, and kept."""
+
+    def __init__(self, base: BaseInfo, device: torch.device) -> None:
+        self._base, self._device = base, device
+        self._vae: nn.Module | None = None
+
+    def pixels(self, latents: torch.Tensor) -> Pixels:
+        """The image [H, W, 3] uint8 of scaled latents [C, h, w]."""
+        self._vae = self._vae or load_vae(self._base).to(self._device)
+        return pixels(self._vae, latents, self._base.scaling_factor)
+
+
 class Samples:
     """Draws the grids of a run.
 
@@ -34,6 +47,7 @@ class Samples:
         base: What it is trained from.
         text_encoder: The base's, which encodes prompts where the run does not train one.
         batches: Tell the rank, the world and the device.
+        decoder: Of the base.
         wanted: What is drawn; `None` is the sample grid of the recipe.
         ids: Token ids of the prompts of `wanted`, the empty one first; `None` are the lease's `sample_ids`.
     """
@@ -44,6 +58,7 @@ class Samples:
         base: BaseInfo,
         text_encoder: nn.Module,
         batches: Batches,
+        decoder: Decoder,
         wanted: Validate | None = None,
         ids: Sequence[Sequence[int]] | None = None,
     ) -> None:
@@ -55,7 +70,7 @@ class Samples:
         self._table = sampler_table("ddim", self._wanted.steps, scheduler)
         self._schedule = NoiseSchedule.from_config(scheduler)
         self._shape = (base.latent_channels, base.latent_size, base.latent_size)
-        self._vae: nn.Module | None = None  # rank 0 loads it when it draws first
+        self._decoder = decoder  # rank 0 alone uses it
 
     def draw(self, engine: TrainingEngine) -> bytes | None:
         """The grid of the weights that would be published, as PNG bytes on rank 0; all ranks call this together."""
@@ -75,8 +90,7 @@ class Samples:
     def _decoded(self, latents: torch.Tensor) -> list[Pixels] | None:
         if self._rank:
             return None
-        self._vae = self._vae or load_vae(self._base).to(self._device)
-        return [pixels(self._vae, row, self._base.scaling_factor) for row in latents]
+        return [self._decoder.pixels(row) for row in latents]
 
     def _latents(
         self, module: DreamBoothModule, unet: nn.Module, text_encoder: nn.Module | None = None
@@ -96,7 +110,9 @@ class Samples:
         cells = [(prompt, seed) for prompt in range(prompts) for seed in range(seeds)]
         each = -(-len(cells) // self._world)
         mine = cells[self._rank * each : (self._rank + 1) * each]
-        width = FORWARD_ROWS[self._device.type] // len(scales)
+        width = FORWARD_ROWS[self._device.type] // (
+            2 if scales != [1.0] else 1
+        )  # a guided cell takes two rows
         for number, scale in enumerate(scales):
             for start in range(0, each, width):
                 chunk = mine[start : start + width]

@@ -24,7 +24,7 @@ from training.lease import Lease
 from training.patience import Patience
 from training.pipeline import BaseInfo
 from training.recipe import Run
-from training.samples import Samples
+from training.samples import Decoder, Samples
 from training.validation import ValidationLoss, validation_loss
 from training.wish import Wish
 
@@ -55,7 +55,10 @@ class Services:
     def __post_init__(self) -> None:
         self.run = self.lease.recipe
         drawn = self.run.validate_.every and self.lease.sample_ids
-        self.samples = Samples(self.lease, self.base, self.text_encoder, self.batches) if drawn else None
+        decoder = self.jury.decoder if self.jury else Decoder(self.base, self.batches.device)
+        self.samples = None
+        if drawn:
+            self.samples = Samples(self.lease, self.base, self.text_encoder, self.batches, decoder)
 
     def after(self, step: int, asked: Wish) -> Wish:
         """What is due after `step` steps, or asked for by a rank; returns what is asked for, heard meanwhile too."""
@@ -145,7 +148,7 @@ class Services:
         if best.step != step:
             try:
                 state = checkpoint.load(self.storage, self.lease.run_path, best.step, self.lease.fingerprint)
-            except SystemFailure as error:  # the last state is nearly as good
+            except (OSError, SystemFailure) as error:  # the last state is nearly as good
                 self.report("note", {"text": f"the weights of step {best.step} are not to be had: {error}"})
                 best = self.patience.looks[-1]
         metrics |= {"score": best.score, "best_step": best.step, "steps_saved": saved}

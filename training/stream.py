@@ -19,6 +19,7 @@ from ray.exceptions import RayError
 
 from cluster.errors import RayboothError, SystemFailure, failure_of
 from cluster.storage import Storage
+from training.buckets import bucket_step
 from training.latents import ImageSet, latent_path, missing_shards, write_latents
 from training.pipeline import BaseInfo
 from training.png import Finish, encode_png
@@ -250,6 +251,7 @@ def encode(
             "path": sets[number].shards[name].path,
             "sha256": sets[number].shards[name].sha256,
             "image_size": base.image_size,
+            "bucket_step": bucket_step(base.image_size, base.vae_factor),
             "data": sets[number].data.model_dump_json(),
         }
         for number, names in left.items()

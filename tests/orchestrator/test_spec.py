@@ -153,7 +153,7 @@ def test_paths_in_a_file_are_relative_to_the_file_and_those_of_flags_are_not(tmp
             "data.zzz=1",
             "data.zzz is not a setting",
             "it was given 1",
-            "known are color, crop, flip, holdout, rotate, variants",
+            "known are buckets, color, crop, flip, holdout, rotate, variants",
         ),
         (
             "train.method=lra",

@@ -5,8 +5,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from training.cuts import crops
 from training.framing import image_sizes
-from training.intake import Intake, crops, read_photos
+from training.intake import Intake, read_photos
 from training.recipe import Data
 
 

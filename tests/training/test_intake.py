@@ -12,7 +12,8 @@ from PIL import Image
 
 from cluster.errors import UserError
 from cluster.storage import Storage
-from training.intake import MAX_BYTES, Intake, crops, read_photos, store_photos
+from training.cuts import crops
+from training.intake import MAX_BYTES, Intake, read_photos, store_photos
 from training.recipe import Data
 
 SIZE = 64  # the base's image size here, in pixels

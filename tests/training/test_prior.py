@@ -160,7 +160,7 @@ def test_latents_are_the_vaes_own_for_every_variant_and_are_encoded_once(
     assert found["mean"].shape == found["std"].shape == (8, 4, 8, 8)
     assert found["mean"].dtype == np.float32
     # the mirrored variant is the VAE's latent of the mirrored pixels, not the mirrored latent
-    from training.intake import crops
+    from training.cuts import crops
 
     cuts = crops(storage.read_rows(shard.path, shard.sha256)["png"][1], 16, data)
     with torch.inference_mode():
