@@ -362,7 +362,7 @@ def test_an_objectives_setting_that_takes_no_effect_is_refused() -> None:
             "goes on moving",
         ),
         (
-            ["optimizer.name=prodigy", "new_tokens.count=2"],
+            ["optimizer.name=prodigy", "new_tokens.count=2", "new_tokens.lr=5e-4"],
             "two learning rates cannot be had with prodigy",
             "train.new_tokens.lr 0.0005",
         ),
