@@ -12,6 +12,7 @@ from typing import Any
 from cluster.errors import UserError
 from cluster.registry import Registry
 from cluster.storage import Storage, sha256
+from training import focus
 from training.artifact import Identity
 from training.buckets import Rows, bucket_of, bucket_step
 from training.captions import SUFFIX, read_captions
@@ -136,6 +137,7 @@ def prepare(run: Run, storage: Storage) -> Prepared:
     [unsaid] = unsaid_ids(base, tokenizer).tolist()
     refuse_untrainable(base, run.train)
     refuse_missing(run.train.optimizer)
+    focus.refuse_missing(run.data.crop)
     trained_scheduler(base.scheduler, run.train.objective)
     objective = run.train.objective
     intake = read_photos(run.subject.images, base.image_size, objective.mask)

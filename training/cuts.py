@@ -12,6 +12,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngImageFile
 
 from training.buckets import Size, bucket_of
+from training.focus import FOCUSES, focused
 from training.recipe import Data
 
 
@@ -27,29 +28,35 @@ class Cuts:
     """Top and left of each in the shrunk photo, without mirror images."""
 
 
-def cuts(stored: Size, image_size: int, data: Data, step: int | None = None) -> Cuts:
-    """The parts of a photo of a size whose short side is S: squares, or with `data.buckets` of its bucket's size.
+def cuts(stored: Image.Image, image_size: int, data: Data, step: int | None = None) -> Cuts:
+    """The parts of a photo whose short side is S: squares, or with `data.buckets` of its bucket's size.
 
     A photo that fits exactly has the same part `variants` times, so that every photo keeps its share of the steps.
 
     Args:
-        stored: Width and height of the stored photo.
+        stored: The stored photo.
         image_size: S.
         data: Which parts.
         step: What sides of buckets are multiples of; `None` gives squares in any case.
     """
-    size = bucket_of(*stored, image_size, step) if data.buckets and step else (image_size, image_size)
-    scale = max(wanted / have for wanted, have in zip(size, stored, strict=True))
-    width, height = (max(wanted, round(have * scale)) for wanted, have in zip(size, stored, strict=True))
+    size = bucket_of(*stored.size, image_size, step) if data.buckets and step else (image_size, image_size)
+    scale = max(wanted / have for wanted, have in zip(size, stored.size, strict=True))
+    width, height = (max(wanted, round(have * scale)) for wanted, have in zip(size, stored.size, strict=True))
     right, down = width - size[0], height - size[1]  # one of them is 0
     spare = max(right, down)
-    offsets = [{"start": 0, "center": spare // 2, "end": spare}[data.crop]]
     if data.variants > 1:
         offsets = [int(offset) for offset in np.linspace(0, spare, data.variants).round()]
+    elif data.crop in FOCUSES and spare:
+        pixels = np.asarray(_shrunk(stored.convert("RGB"), (width, height)))
+        offsets = [focused(pixels, 0 if down else 1, size[1] if down else size[0], data.crop)]
+    else:
+        offsets = [{"start": 0, "end": spare}.get(data.crop, spare // 2)]
     return Cuts((width, height), size, tuple((offset, 0) if down else (0, offset) for offset in offsets))
 
 
-def crops(png: bytes, image_size: int, data: Data, step: int | None = None) -> list[NDArray[np.uint8]]:
+def crops(
+    png: bytes, image_size: int, data: Data, step: int | None = None, of: bytes | None = None
+) -> list[NDArray[np.uint8]]:
     """The parts of a stored photo that are trained on: always `variants` (twice as many with `flip`).
 
     Args:
@@ -57,17 +64,15 @@ def crops(png: bytes, image_size: int, data: Data, step: int | None = None) -> l
         image_size: S.
         data: Which parts.
         step: As of `cuts`; `None` gives squares, as pictures to look at.
+        of: The stored photo of which `png` is the mask; `None` is `png` itself.
 
     Returns:
         uint8 [S, S, 3] each, or [height, width, 3], in the order of variants, each followed by its mirror image with
         `flip`.
     """
     with PngImageFile(io.BytesIO(png)) as image:
-        found = cuts(image.size, image_size, data, step)
-        whole = (
-            image if found.covering == image.size else image.resize(found.covering, Image.Resampling.LANCZOS)
-        )
-        pixels = np.asarray(whole)
+        found = cuts(image if of is None else opened(of), image_size, data, step)
+        pixels = np.asarray(_shrunk(image, found.covering))
     (width, height), out = found.size, []
     for number, (top, left) in enumerate(found.corners):
         part = pixels[top : top + height, left : left + width]
@@ -77,6 +82,15 @@ def crops(png: bytes, image_size: int, data: Data, step: int | None = None) -> l
             part = _recoloured(part, data.color, number)
         out += [part, part[:, ::-1]] if data.flip else [part]
     return out
+
+
+def opened(png: bytes) -> Image.Image:
+    """A stored photo, decoded when it is looked at."""
+    return PngImageFile(io.BytesIO(png))
+
+
+def _shrunk(image: Image.Image, size: Size) -> Image.Image:
+    return image if image.size == size else image.resize(size, Image.Resampling.LANCZOS)
 
 
 def _turned(pixels: NDArray[np.uint8], most: float, number: int) -> NDArray[np.uint8]:

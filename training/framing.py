@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from training.cuts import cuts
+from training.cuts import cuts, opened
 from training.intake import Intake
 from training.recipe import Data
 
@@ -33,7 +33,7 @@ def image_sizes(intake: Intake, image_size: int, data: Data, step: int | None = 
     """
     rows: list[Any] = []
     for photo in intake.photos:
-        found = cuts((photo.width, photo.height), image_size, data, step)
+        found = cuts(opened(photo.png), image_size, data, step)
         above, beside = (round(cut * found.covering[0] / photo.width) for cut in photo.cut)
         width, height = found.size
         for top, left in found.corners:

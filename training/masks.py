@@ -94,7 +94,7 @@ def latent_masks(intake: "Intake", image_size: int, factor: int, data: Data) -> 
     """
     step, found = bucket_step(image_size, factor), []
     for photo in intake.photos:
-        for cut in crops(photo.mask, image_size, data, step):
+        for cut in crops(photo.mask, image_size, data, step, of=photo.png):
             height, width = (side // factor for side in cut.shape)
             share = cut.reshape(height, factor, width, factor).mean(axis=(1, 3)) / 255
             if share.max() < 0.5:

@@ -101,8 +101,9 @@ class Data(Section):
     """Crops per photo along its longer side; 1 is the one `crop` names."""
     flip: bool = False
     """Also train on mirrored images. Off: text, logos and faces are not symmetric."""
-    crop: Literal["center", "start", "end"] = "center"
-    """Which square of a photo that is not square is used when `variants` is 1."""
+    crop: Literal["center", "start", "end", "face", "saliency"] = "center"
+    """Which part of a photo that does not fit is used when `variants` is 1: `face` has the largest face in its middle,
+    `saliency` as much as can be of what stands out."""
     color: float = Field(default=0.0, ge=0, le=0.5)
     """How much brightness, contrast and saturation of the variants differ; the first stays as it is. Off: a subject's
     colours are its own."""
@@ -117,6 +118,10 @@ class Data(Section):
 
     @model_validator(mode="after")
     def _takes_effect(self) -> "Data":
+        if self.crop in ("face", "saliency") and self.variants > 1:
+            raise ValueError(
+                f"`crop: {self.crop}` takes no effect with variants: {self.variants}; leave one out"
+            )
         for name in ("color", "rotate"):
             if getattr(self, name) and self.variants == 1:
                 raise ValueError(f"`{name}` takes no effect with variants: 1; set variants, or leave it out")

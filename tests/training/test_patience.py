@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -48,12 +49,23 @@ def test_patience_ends_with_as_many_looks_without_a_gain(
 
 
 @pytest.fixture
-def stopping(make_job: Callable[..., Lease], resident: ResidentBase) -> Callable[..., Lease]:
-    """A LoRA run of some steps that is looked at every second one; no look is a gain over the first."""
+def stopping(make_job: Callable[..., Lease], resident: ResidentBase, tmp_path: Path) -> Callable[..., Lease]:
+    """A LoRA run of some steps that is looked at every second one; no look is a gain over the first.
 
-    def make(name: str, steps: int = 12, stop: dict[str, Any] | None = STOP, **sections: Any) -> Lease:
+    It may be judged by an embedder that is `absent`.
+    """
+
+    def make(
+        name: str,
+        steps: int = 12,
+        stop: dict[str, Any] | None = STOP,
+        absent: bool = False,
+        **sections: Any,
+    ) -> Lease:
         train = {"method": "lora", "steps": steps, "lr": 1e-2, "pairs_per_step": 2}
-        train |= {"stop": {**stop, **POCKET}} if stop else {}
+        if stop:
+            judged = {"dino": str(tmp_path), "clip": "pocket"} if absent else POCKET
+            train |= {"stop": {**stop, **judged}}
         checkpoint = {"every": 100, "keep": 1}
         lease = make_job(name, train=train, validate={"every": 0}, checkpoint=checkpoint, **sections)
         words = ["", "a photo of a zwx dog", render_prompt(CLASS_PROMPT, "dog", None)]
@@ -120,3 +132,20 @@ def test_two_workers_look_together(
     assert (both["metrics"]["best_step"], both["metrics"]["steps_saved"]) == (2, 8)
     scores = [[said["score"] for said in of_kind(trained, "score")] for trained in (one, both)]
     assert scores[1] == pytest.approx(scores[0], abs=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.resume
+def test_two_workers_that_were_left_when_all_was_decided_publish_it_together(
+    stopping: Callable[..., Lease], pair: Any
+) -> None:
+    leave = {rank: {3: Wish.LEAVE} for rank in range(2)}
+    assert [each["metrics"] for each in pair(stopping("both"), leave)] == [None, None]
+    again = pair(stopping("both"))[0]
+    assert (again["metrics"]["best_step"], again["metrics"]["steps_saved"]) == (2, 8)
+
+
+@pytest.mark.slow
+def test_what_one_worker_cannot_judge_fails_on_both(stopping: Callable[..., Lease], pair: Any) -> None:
+    found = pair(stopping("rex", absent=True))
+    assert ["is no embedder" in str(each["error"]) for each in found] == [True, True]
