@@ -53,7 +53,7 @@ class Erasure:
             running: list[str] = []
             campaigns = self._let_go(subject, running)
             kept += [f"the campaign {name} goes on, and its report will name the subject" for name in running]
-            kept += self._in_wandb(subject)
+            kept += self._with_trackers(subject)
             paths = [*self._own(subject), *self._in_campaigns(subject), *self._in_evaluations(subject)]
             removed, files = [], 0
             for path in paths:
@@ -193,12 +193,16 @@ class Erasure:
             kept.append(f"what MLflow has of it: {said}")
             return []
 
-    def _in_wandb(self, subject: str) -> list[str]:
-        """Its runs in W&B, which are for their owner to delete: nobody here has the right to."""
+    def _with_trackers(self, subject: str) -> list[str]:
+        """Its runs in W&B, which nobody here has the right to delete, and files of trackers beside an object store."""
         names = self._storage.names(f"runs/{subject}")
         records = [record_path(subject, name) for name in names]
         told = [self._storage.read_json(path) for path in records if self._storage.exists(path)]
-        return [f"W&B's run {record['wandb']['url']}" for record in told if "wandb" in record]
+        kept = [f"W&B's run {record['wandb']['url']}" for record in told if "wandb" in record]
+        for tracker in () if self._storage.is_local else ("wandb", "tensorboard"):
+            if any(record.get("run", {}).get("track", {}).get(tracker) for record in told):
+                kept.append(f"raybooth-{tracker}/runs/{subject} in the working folder of whoever trained it")
+        return kept
 
 
 def _checked(subject: str) -> str:
