@@ -105,7 +105,7 @@ def test_the_vae_is_held_once_samples_are_drawn(of: Callable[..., MemoryEstimate
 
 @pytest.mark.slow
 def test_the_estimate_is_within_a_fifth_of_what_workers_take() -> None:
-    cases = ["pocket lora", "64 pairs in 4", "ZeRO-2, 2"]
+    cases = ["pocket lora", "ZeRO-2, 2"]  # `python -m benchmarks.memory` measures ten more
     command = [sys.executable, "-m", "benchmarks.memory", "--json", "--only", *cases]
     said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     rows = json.loads(said.splitlines()[-1])
