@@ -17,7 +17,10 @@ def test_a_base_that_is_here_says_its_family(tiny_base: Path, tiny_sdxl: Path) -
     [
         ("stable-diffusion-v1-5/stable-diffusion-v1-5", "sd"),
         ("nobody/stable-diffusion-xl-base-9.0", "sdxl"),
-        ("nobody/AnimagineXL", "sd"),
+        ("nobody/AnimagineXL", "sdxl"),
+        ("nobody/RealVisXL_V4.0", "sdxl"),
+        ("nobody/newrealityxl-v2", "sdxl"),
+        ("nobody/xlnet-base", "sd"),
         ("nobody/Some-SDXL", "sdxl"),
         ("nobody/pixlart", "sd"),
         ("./no/such/folder", "sd"),
