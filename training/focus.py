@@ -5,6 +5,7 @@ downloaded.
 """
 
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,19 +31,17 @@ def refuse_missing(crop: str) -> None:
         return
     try:
         cv2 = _cv2()
-        seen = (
-            ""
-            if hasattr(cv2, "saliency") and hasattr(cv2, "data")
-            else f"OpenCV {cv2.__version__} without contrib"
-        )
     except ImportError as error:
         seen = str(error)
-    if seen:
-        raise UserError(
-            f"data.crop is {crop}, which needs OpenCV with its contributed modules",
-            seen,
-            "pip install 'raybooth[crop]'",
-        )
+    else:  # OpenCV 5 ships no cascades any more, and builds without contributed modules no saliency
+        if hasattr(cv2, "saliency") and all(Path(_path(name)).is_file() for name in _FACES):
+            return
+        seen = f"OpenCV {cv2.__version__} is here without them"
+    raise UserError(
+        f"data.crop is {crop}, which needs OpenCV 4 with its cascades and contributed modules",
+        seen,
+        "pip install 'raybooth[crop]', and no other build of OpenCV beside it",
+    )
 
 
 def focused(pixels: NDArray[np.uint8], axis: int, length: int, crop: str) -> int:
@@ -94,8 +93,11 @@ def _saliency(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
 
 @lru_cache(maxsize=len(_FACES))
 def _cascade(name: str) -> Any:
-    cv2 = _cv2()
-    return cv2.CascadeClassifier(f"{cv2.data.haarcascades}{name}.xml")
+    return _cv2().CascadeClassifier(_path(name))
+
+
+def _path(name: str) -> str:
+    return f"{_cv2().data.haarcascades}{name}.xml"
 
 
 @lru_cache(maxsize=1)

@@ -76,3 +76,6 @@ def test_opencv_is_asked_for_where_it_is_missing(monkeypatch: pytest.MonkeyPatch
         refuse_missing("face")
     monkeypatch.undo()
     refuse_missing("face")
+    monkeypatch.setattr(focus, "_FACES", ("haarcascade_of_nothing",))  # as OpenCV 5, which ships none
+    with pytest.raises(UserError, match="is here without them"):
+        refuse_missing("face")
