@@ -11,6 +11,7 @@ from uuid import uuid4
 
 import boto3
 import pytest
+import ray
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
@@ -18,11 +19,16 @@ from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
 from hypothesis import settings
+from ray._private import auto_init_hook
 from transformers.models.clip.configuration_clip import CLIPTextConfig
 from transformers.models.clip.modeling_clip import CLIPTextModel, CLIPTextModelWithProjection
 from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
 from cluster.storage import Storage
+
+# A call outside a session fails: Ray would start a cluster by itself, and nobody would end it.
+auto_init_hook.enable_auto_connect = False
+os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # in processes of the tests
 
 # the same examples every time, however slow the machine is
 settings.register_profile("raybooth", deadline=None, derandomize=True, database=None)
@@ -207,6 +213,13 @@ def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def storage(tmp_path: Path) -> Storage:
     """An empty storage root."""
     return Storage(str(tmp_path / "storage"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_ray_left() -> Iterator[None]:
+    """A file that starts Ray ends it: the files after it tell what happens without one."""
+    yield
+    assert not ray.is_initialized()
 
 
 @pytest.fixture(autouse=True, scope="session")
