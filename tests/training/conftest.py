@@ -14,6 +14,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from cluster.session import session
+from cluster.storage import Storage
 from training.batches import Batches
 from training.dataplan import DataPlan
 from training.lease import LatentTable, Lease
@@ -21,6 +23,13 @@ from training.loop import ResidentBase
 from training.pipeline import load_tokenizer, open_base, token_ids
 from training.recipe import Run
 from training.wish import Wish
+
+
+@pytest.fixture(scope="module")
+def ray_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A private Ray."""
+    with session(None, 4, Storage(str(tmp_path_factory.mktemp("root")))):
+        yield
 
 
 @pytest.fixture(scope="session")

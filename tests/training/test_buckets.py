@@ -143,12 +143,12 @@ def test_class_images_get_the_sizes_of_the_photos(prepared: Callable[..., Prepar
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("ray_session")
 def test_class_images_are_drawn_and_all_is_encoded_in_its_size(
     prepared: Callable[..., Prepared], storage: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        "training.stream.SHARDS_PER_READER", 1
-    )  # pictures of several sizes go from tasks to actors
+    # pictures of several sizes go from tasks to actors
+    monkeypatch.setattr("training.stream.SHARDS_PER_READER", 1)
     one = prepared("data.buckets=true")
     prior, key = one.run.prior, one.prior_key("cpu")
     assert key is not None and draw_prior(storage, one.base, prior, "dog", Pool()) == 6
