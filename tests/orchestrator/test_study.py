@@ -91,7 +91,7 @@ class BrokenOff(Exception):
 
 @pytest.fixture
 def spec(tiny_base: Path, tmp_path: Path) -> StudySpec:
-    """Two subjects of the tiny base, three recipes and nine steps."""
+    """Two subjects of the tiny base, three recipes and three steps."""
     runs: list[Run] = []
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
@@ -110,7 +110,7 @@ def spec(tiny_base: Path, tmp_path: Path) -> StudySpec:
         space=parse_space({"train.lr": [1e-4, 1e-2], "prior.weight": [0.0, 1.0]}),
         trials=3,
         search="grid",
-        steps=9,
+        steps=3,
         num_images=2,
         prompts=("a photo of {subject}", "{subject} on the beach"),
         dino="pocket",
@@ -148,7 +148,7 @@ def test_a_study_that_was_broken_off_goes_on_and_ends_with_a_recipe(
     assert outcome.trials == len(after) == 3
     assert {one["state"] for one in after.values()} <= {"done", "stopped"}
     spent = sum(row["steps_spent"] for one in after.values() for row in one["rows"])
-    assert outcome.steps_spent == spent <= outcome.steps_of_grid == 3 * 9 * 2
+    assert outcome.steps_spent == spent <= outcome.steps_of_grid == 3 * 3 * 2
     rows = [row for one in after.values() for row in one["rows"]]
     assert outcome.worth == pytest.approx(max(row["worth"] for row in rows), abs=1e-4)
     starts = [seconds for row in rows[1:] for seconds in row["start_s"]]
@@ -164,4 +164,4 @@ def test_a_study_that_was_broken_off_goes_on_and_ends_with_a_recipe(
     again = run_study(spec, storage, Lines(sys.stderr), None)  # done: without Ray
     assert again.as_json() == outcome.as_json()
     with pytest.raises(UserError, match="there is another study night"):
-        run_study(replace(spec, steps=8), storage, Lines(sys.stderr), None)
+        run_study(replace(spec, steps=4), storage, Lines(sys.stderr), None)
