@@ -25,7 +25,7 @@ from training.latents import ImageSet, Shard
 from training.lease import Lease
 from training.masks import latent_masks
 from training.optimizer_settings import refuse_missing
-from training.pipeline import BaseInfo, load_tokenizer, open_base, token_ids, unsaid_ids
+from training.pipeline import BaseInfo, load_tokenizer, open_base, token_ids, tokenizers, unsaid_ids
 from training.prior import prior_key
 from training.prompt import CLASS_PROMPT, TEMPLATE, render_prompt
 from training.recipe import Run
@@ -203,7 +203,8 @@ def _named(run: Run, base: BaseInfo, tokenizer: Any) -> tuple[Choice, tuple[int,
     if not tokens.count:
         return choose_identifier(tokenizer, wanted, noun), ()
     refuse_new_tokens(base, tokenizer)
-    choice = new_identifier(tokenizer, wanted, noun, tokens.count)
+    first, *_ = tokenizers(tokenizer)  # of the same words as the others
+    choice = new_identifier(first, wanted, noun, tokens.count)
     for setting, prompt in (
         ("prior.prompt", run.prior.prompt),
         ("prior.negative_prompt", run.prior.negative_prompt),
@@ -216,8 +217,8 @@ def _named(run: Run, base: BaseInfo, tokenizer: Any) -> tuple[Choice, tuple[int,
                 "leave it out",
             )
     word = tokens.initializer or noun
-    ids = token_ids_of(tokenizer, word)
-    if not ids or tokenizer.unk_token_id in ids:
+    ids = token_ids_of(first, word)
+    if not ids or first.unk_token_id in ids:
         raise UserError(
             f"new tokens cannot start as {word!r}",
             "the base's tokenizer has no tokens for it",

@@ -88,6 +88,7 @@ def make_batches() -> Callable[..., Batches]:
         plan = DataPlan(run.train.seed, 3, 5, run.train.pairs_per_step, 1000, run.prior.weight)
         tables = [LatentTable(**latents(seed, rows)) for seed, rows in ((1, 3), (2, 5))]
         ids = torch.tensor(lease.prompts)
+        whole = [np.tile(np.asarray([16, 16, 0, 0, 16, 16], np.float32), (rows, 1)) for rows in (3, 5)]
         return Batches(
             plan,
             tables,
@@ -97,6 +98,7 @@ def make_batches() -> Callable[..., Batches]:
             world,
             run.train.accumulation,
             torch.device("cpu"),
+            sizes=whole if base.info.kind.sized else None,
         )
 
     return make
