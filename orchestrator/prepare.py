@@ -12,6 +12,7 @@ from typing import Any
 from cluster.errors import UserError
 from cluster.registry import Registry
 from cluster.storage import Storage, sha256
+from orchestrator import tracking
 from training import focus
 from training.artifact import Identity
 from training.buckets import Rows, bucket_of, bucket_step
@@ -138,6 +139,7 @@ def prepare(run: Run, storage: Storage) -> Prepared:
     refuse_untrainable(base, run.train)
     refuse_missing(run.train.optimizer)
     focus.refuse_missing(run.data.crop)
+    tracking.refuse_missing(run.track)
     trained_scheduler(base.scheduler, run.train.objective)
     objective = run.train.objective
     intake = read_photos(run.subject.images, base.image_size, objective.mask)
