@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from importlib.util import module_from_spec, spec_from_file_location
 from multiprocessing.connection import Connection, Listener
@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 
 from training.batches import Batches
 from training.dataplan import DataPlan
@@ -102,6 +103,36 @@ def make_batches() -> Callable[..., Batches]:
         )
 
     return make
+
+
+# -- what stock diffusers draws ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stock_images() -> Callable[..., NDArray[np.uint8]]:
+    """Draws a prompt with a stock pipeline, an image [H, W, 3] for each seed; settings as its call takes them."""
+
+    def draw(pipe: Any, prompt: str, seeds: Sequence[int], **call: Any) -> NDArray[np.uint8]:
+        pipe.set_progress_bar_config(disable=True)
+        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+        images = pipe([prompt] * len(seeds), generator=generators, output_type="np", **call).images
+        rounded: NDArray[np.uint8] = (images * 255).round().astype(np.uint8)
+        return rounded
+
+    return draw
+
+
+@pytest.fixture
+def assert_same_picture() -> Callable[[Any, NDArray[np.uint8]], None]:
+    """At most 1/255 apart, and at most one value in a hundred: sums are taken in another order."""
+
+    def look(ours: Any, theirs: NDArray[np.uint8]) -> None:
+        apart = np.abs(np.stack(ours).astype(int) - theirs.astype(int))
+        assert apart.max() <= 1
+        assert (apart > 0).mean() <= 0.01
+        assert theirs.std() > 5  # a picture, not a flat field
+
+    return look
 
 
 # -- whole runs without Ray --------------------------------------------------------------------------------
