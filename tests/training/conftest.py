@@ -180,7 +180,7 @@ def alone(group: None, resident: ResidentBase, monkeypatch: pytest.MonkeyPatch) 
 class Pair:
     """Two processes that train together, started once for all tests."""
 
-    def __init__(self, folder: Path, base: Path) -> None:
+    def __init__(self, folder: Path) -> None:
         address = str(folder / "address")
         with Listener(address) as listener:
             self._processes = [
@@ -194,7 +194,6 @@ class Pair:
                         "2",
                         str(folder / "store"),
                         address,
-                        str(base),
                     ]
                 )
                 for rank in range(2)
@@ -215,9 +214,9 @@ class Pair:
 
 
 @pytest.fixture(scope="session")
-def pair(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     """Trains a job in two processes together."""
-    both = Pair(tmp_path_factory.mktemp("pair"), tiny_base)
+    both = Pair(tmp_path_factory.mktemp("pair"))
     yield both
     both.close()
 

@@ -289,6 +289,23 @@ def artifact_bytes(storage: Storage, name: str) -> dict[str, bytes]:
         return {file.relative_to(artifact.folder).as_posix(): file.read_bytes() for file in files}
 
 
+@pytest.mark.slow
+def test_two_workers_that_shard_a_lora_have_the_losses_of_one(
+    make_sdxl_job: Callable[..., Lease], alone: Callable[..., Any], pair: Any, storage: Storage
+) -> None:
+    train = {**TRAIN, "pairs_per_step": 3, "text_encoder": {"train": True, "lr": 1e-3}}
+    watched = {"every": 2, "samples": 3, "prompts": []}
+    one = alone(make_sdxl_job("one", train=train, validate=watched))
+    two, _ = pair(make_sdxl_job("two", train=train, validate=watched, engine={"zero_stage": 2}))
+    assert two["metrics"] == pytest.approx(one["metrics"], abs=1e-5) and "validation_loss" in one["metrics"]
+    assert two["events"][0] == ("started", {**two["events"][0][1], "workers": 2, "zero_stage": 2})
+    with open_artifact(storage, "one", "v1") as mine, open_artifact(storage, "two", "v1") as other:
+        by_one, by_two = (load_file(artifact.folder / FILE) for artifact in (mine, other))
+    assert by_one.keys() == by_two.keys() and any(key.startswith("text_encoder_2.") for key in by_one)
+    for key, value in by_one.items():
+        assert torch.allclose(by_two[key], value, atol=1e-4), key
+
+
 def test_a_bank_trains_what_a_run_alone_trains(
     make_sdxl_job: Callable[..., Lease], alone: Callable[..., Any], resident: ResidentBase, storage: Storage
 ) -> None:
