@@ -1,5 +1,6 @@
 """What is exported of an SDXL draws the same picture in stock diffusers, and comes back as the same version."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +151,16 @@ def test_a_lora_comes_back_as_a_version_that_draws_the_same(
     assert (done.holds, told["rank"]) == ("lora", 4)
     prompt = "a photo of a zwx dog"  # which an import of a LoRA alone knows
     assert np.abs(ours(booth, name, prompt) - ours(booth, back, prompt)).max() <= 1
+
+
+def test_what_is_extracted_of_every_layer_is_found_by_its_name_in_kohyas_file(
+    booth: Storage, tiny_sdxl: Path, tmp_path: Path
+) -> None:
+    done, prompt = export(booth, "full", None, "kohya", tmp_path, rank=8), "a photo of a zwx dog"
+    told = import_lora(booth, Path(done.path), "extracted", "dog", "zwx", str(tiny_sdxl))
+    assert (done.holds, told["layers"]) == ("lora", 156)  # each matrix and convolution of the three models
+    pipe = loaded(replace(done, embedding=None), tiny_sdxl)
+    assert np.abs(ours(booth, "extracted", prompt) - theirs(pipe, prompt)).max() <= 1
 
 
 def test_kohyas_file_has_the_names_of_kohyas_own_unet(
