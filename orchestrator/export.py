@@ -243,8 +243,8 @@ def _write_lora(
             "use --format single-file, which has it merged, or --format diffusers",
         )
     of_sdxl = base.kind.family == "sdxl"
-    layers, settings = adapters.get("unet", {}), part_settings(base, "unet")
-    originals = original_layers(layers, settings) if of_sdxl else {}
+    layers = adapters.get("unet", {}) if of_sdxl else ()
+    originals = original_layers(layers, part_settings(base, "unet")) if layers else {}
     tensors, metadata = to_kohya(adapters, base.kind.texts, originals)
     manifest: Mapping[str, Any] = artifact.manifest
     told = {

@@ -59,9 +59,12 @@ def import_lora(
         part: {module_name(info, part, key): s for key, s in weight_shapes(info, part).items()}
         for part in ("unet", *info.kind.texts)
     }
-    # kohya's scripts name the layers of an SDXL's UNet as the original checkpoint does
-    matrices = (layer for layer, shape in shapes["unet"].items() if info.kind.sized and len(shape) > 1)
-    originals = original_layers(matrices, part_settings(info, "unet"))
+    originals: Mapping[str, str] = {}
+    if (
+        info.kind.family == "sdxl"
+    ):  # kohya's scripts name the layers of its UNet as the original checkpoint does
+        matrices = (layer for layer, shape in shapes["unet"].items() if len(shape) > 1)
+        originals = original_layers(matrices, part_settings(info, "unet"))
     adapters = from_exchange(tensors, metadata, shapes, str(path), originals)
     rank = max(f.a.shape[0] for layers in adapters.values() for f in layers.values())
     run = parse_run(

@@ -100,7 +100,10 @@ def from_exchange(
     """
     prefixes = _prefixes([part for part in shapes if part != "unet"])
     names = {part: _names(part, prefixes[part], layers) for part, layers in shapes.items()}
-    names["unet"] |= {_UNET + name.replace(".", "_"): layer for layer, name in originals.items()}
+    if originals:
+        names["unet"] |= {
+            prefixes["unet"] + name.replace(".", "_"): layer for layer, name in originals.items()
+        }
     alphas = _alphas(metadata, shapes)
     found: dict[tuple[str, str], _Found] = {}
     for key, tensor in tensors.items():

@@ -23,7 +23,7 @@ from training.conditioning import text_parts
 
 FILE = "learned_embeds.safetensors"  # what diffusers' load_textual_inversion looks for
 OF_AUTOMATIC = "emb_params"  # what AUTOMATIC1111, ComfyUI and kohya call the one tensor of such a file
-KEYS = {
+_KEYS = {
     "text_encoder": "clip_l",
     "text_encoder_2": "clip_g",
 }  # what all of them call those of SDXL's encoders
@@ -149,7 +149,7 @@ def save_tokens(tokens: NewTokens, file: Path, name: str | None = None) -> None:
     if len(rows) == 1:
         save_file({name or tokens.word: rows["text_encoder"]}, file, metadata={"format": "pt"})
     else:  # one key: safetensors writes several in any order, and the same tokens should be the same bytes
-        save_file({KEYS[part]: one for part, one in rows.items()}, file, metadata={_WORD: tokens.word})
+        save_file({_KEYS[part]: one for part, one in rows.items()}, file, metadata={_WORD: tokens.word})
 
 
 def read_tokens(folder: Path) -> NewTokens | None:
@@ -167,7 +167,7 @@ def read_tokens(folder: Path) -> NewTokens | None:
             word = (tensors.metadata() or {}).get(_WORD) or next(iter(found), "")
     except SafetensorError as error:
         raise SystemFailure(f"{file} holds no tokens of ours", str(error)) from error
-    keys = {"text_encoder": word} if len(found) == 1 else KEYS
+    keys = {"text_encoder": word} if len(found) == 1 else _KEYS
     shapes = {key: tuple(rows.shape) for key, rows in found.items()}
     fit = {*keys.values()} == {*found} and {len(shape) for shape in shapes.values()} == {2}
     if not fit or len({n for n, _ in shapes.values()}) != 1:

@@ -11,7 +11,7 @@ from cluster.errors import UserError
 from training.basefolder import used_files
 from training.conditioning import leave_unread
 from training.lora import attach
-from training.new_tokens import KEYS, grow, started
+from training.new_tokens import grow, started
 from training.part_settings import NewTokens, TextEncoder
 from training.pipeline import BaseInfo, empty_text_encoder, empty_unet, part_settings, tokenizers
 from training.recipe import Train
@@ -70,13 +70,13 @@ def refuse_new_tokens(base: BaseInfo, tokenizer: Any) -> None:
     """Refuse new tokens for a base that cannot have them; `tokenizer` is the base's, of `load_tokenizer`.
 
     Raises:
-        UserError: A text encoder is none of CLIP's, its tokenizers have not the same words, or a tokenizer and an
-            embedding do not agree on where new tokens begin.
+        UserError: It is neither a Stable Diffusion 1.x/2.x nor an SDXL, its tokenizers have not the same words, or a
+            tokenizer and an embedding do not agree on where new tokens begin.
     """
-    if unknown := sorted({*base.kind.texts} - {*KEYS}):
+    if base.kind.family not in ("sd", "sdxl"):
         raise UserError(
-            "train.new_tokens is for bases whose text encoders are CLIP's",
-            f"{base.model} has {', '.join(unknown)} besides",
+            "train.new_tokens is for bases of Stable Diffusion 1.x/2.x and SDXL",
+            f"{base.model} is of the family {base.kind.family}",
             "leave it out, or take a Stable Diffusion 1.x/2.x or SDXL base",
         )
     found = tokenizers(tokenizer)

@@ -370,9 +370,9 @@ def test_a_base_that_cannot_have_them_is_refused(tiny_base: Path, tiny_sdxl: Pat
         refuse_new_tokens(base, tokenizer)
     with pytest.raises(UserError, match=r"its tokenizer_2 has 143.*; its tokenizers have different words"):
         refuse_new_tokens(other, (one, two))
-    third = replace(base, kind=replace(base.kind, encoders=(*base.kind.encoders, ("text_encoder_3", "T5"))))
-    with pytest.raises(UserError, match="has text_encoder_3 besides"):
-        refuse_new_tokens(third, (one, one, one))
+    third = replace(other, kind=replace(other.kind, family="another"))
+    with pytest.raises(UserError, match="is of the family another"):
+        refuse_new_tokens(third, (one, one))
 
 
 def test_they_are_trained_alone_and_what_does_not_fit_is_said(tiny_base: Path, tmp_path: Path) -> None:
