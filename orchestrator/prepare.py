@@ -12,6 +12,7 @@ from typing import Any
 from cluster.errors import UserError
 from cluster.registry import Registry
 from cluster.storage import Storage, sha256
+from orchestrator import tracking
 from training import focus
 from training.artifact import Identity
 from training.buckets import Rows, bucket_of, bucket_step
@@ -25,7 +26,7 @@ from training.latents import ImageSet, Shard
 from training.lease import Lease
 from training.masks import latent_masks
 from training.optimizer_settings import refuse_missing
-from training.pipeline import BaseInfo, load_tokenizer, open_base, token_ids, unsaid_ids
+from training.pipeline import BaseInfo, load_tokenizer, open_base, token_ids, tokenizers, unsaid_ids
 from training.prior import prior_key
 from training.prompt import CLASS_PROMPT, TEMPLATE, render_prompt
 from training.recipe import Run
@@ -138,6 +139,7 @@ def prepare(run: Run, storage: Storage) -> Prepared:
     refuse_untrainable(base, run.train)
     refuse_missing(run.train.optimizer)
     focus.refuse_missing(run.data.crop)
+    tracking.refuse_missing(run.track)
     trained_scheduler(base.scheduler, run.train.objective)
     objective = run.train.objective
     intake = read_photos(run.subject.images, base.image_size, objective.mask)
@@ -203,7 +205,8 @@ def _named(run: Run, base: BaseInfo, tokenizer: Any) -> tuple[Choice, tuple[int,
     if not tokens.count:
         return choose_identifier(tokenizer, wanted, noun), ()
     refuse_new_tokens(base, tokenizer)
-    choice = new_identifier(tokenizer, wanted, noun, tokens.count)
+    first, *_ = tokenizers(tokenizer)  # of the same words as the others
+    choice = new_identifier(first, wanted, noun, tokens.count)
     for setting, prompt in (
         ("prior.prompt", run.prior.prompt),
         ("prior.negative_prompt", run.prior.negative_prompt),
@@ -216,8 +219,8 @@ def _named(run: Run, base: BaseInfo, tokenizer: Any) -> tuple[Choice, tuple[int,
                 "leave it out",
             )
     word = tokens.initializer or noun
-    ids = token_ids_of(tokenizer, word)
-    if not ids or tokenizer.unk_token_id in ids:
+    ids = token_ids_of(first, word)
+    if not ids or first.unk_token_id in ids:
         raise UserError(
             f"new tokens cannot start as {word!r}",
             "the base's tokenizer has no tokens for it",

@@ -126,6 +126,11 @@ def load_tokenizer(base: BaseInfo) -> "CLIPTokenizer | tuple[CLIPTokenizer, ...]
     return found if len(found) > 1 else found[0]
 
 
+def tokenizers(tokenizer: Any) -> tuple[Any, ...]:
+    """Those of `load_tokenizer`, also where there is one."""
+    return tokenizer if isinstance(tokenizer, tuple) else (tokenizer,)
+
+
 def token_ids(
     tokenizer: Any, prompts: Sequence[str], limit: int, words: Mapping[str, Sequence[int]] = {}
 ) -> torch.Tensor:
