@@ -59,9 +59,10 @@ def refuse_untrainable(base: BaseInfo, train: Train) -> None:
     """
     if train.method == "full":  # takes all there is
         return
-    wanted = [("unet", train.lora.targets)]
+    denoiser, *texts = base.kind.trainable
+    wanted = [(denoiser, train.lora.targets)]
     if train.text_encoder.train:
-        wanted += [(part, train.lora.text_targets) for part in base.kind.texts]
+        wanted += [(part, train.lora.text_targets) for part in texts]
     if not all(_are_linear(base, part, targets) for part, targets in wanted):
         sizes(base, train)
 
@@ -70,12 +71,12 @@ def refuse_new_tokens(base: BaseInfo, tokenizer: Any) -> None:
     """Refuse new tokens for a base that cannot have them; `tokenizer` is the base's.
 
     Raises:
-        UserError: It has a second text encoder, or its tokenizer and its embedding do not agree on where they begin.
+        UserError: It has another text encoder, or its tokenizer and its embedding do not agree on where they begin.
     """
     if len(base.kind.texts) > 1:
         raise UserError(
             "train.new_tokens is for bases with one text encoder",
-            f"{base.model} has two",
+            f"{base.model} has {len(base.kind.texts)}",
             "leave it out, or take a Stable Diffusion 1.x/2.x base",
         )
     rows = int(part_settings(base, "text_encoder")["vocab_size"])
