@@ -71,12 +71,12 @@ def refuse_new_tokens(base: BaseInfo, tokenizer: Any) -> None:
     """Refuse new tokens for a base that cannot have them; `tokenizer` is the base's.
 
     Raises:
-        UserError: It has another text encoder, or its tokenizer and its embedding do not agree on where they begin.
+        UserError: It has a second text encoder, or its tokenizer and its embedding do not agree on where they begin.
     """
     if len(base.kind.texts) > 1:
         raise UserError(
             "train.new_tokens is for bases with one text encoder",
-            f"{base.model} has {len(base.kind.texts)}",
+            f"{base.model} has two",
             "leave it out, or take a Stable Diffusion 1.x/2.x base",
         )
     rows = int(part_settings(base, "text_encoder")["vocab_size"])
