@@ -24,11 +24,11 @@ QUICK = [
 ]
 
 
-def booth(root: Path, *arguments: str, rc: int = 0) -> dict[str, Any]:
-    """The JSON answer of a command."""
+def booth(root: Path, *arguments: str) -> dict[str, Any]:
+    """The JSON answer of a command that must end well."""
     command = [sys.executable, "-m", "orchestrator", *arguments, "--storage", str(root), "--json"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=900)
-    assert done.returncode == rc, done.stderr[-3000:]
+    assert done.returncode == 0, done.stderr[-3000:]
     answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return answer
 
@@ -38,13 +38,7 @@ def test_stock_diffusers_draws_what_was_trained_and_generated(tiny_sd3: Path, tm
     write_photos(photos)
     base = ("--base", str(tiny_sd3))
     before = {file: sha256_file(file) for file in tiny_sd3.rglob("*.safetensors")}
-    asked = (str(photos), "--class", "dog", "--name", "rex", *base)
-    refused = booth(root, "plan", *asked, "--set", "train.objective.weighting=min_snr", rc=2)
-    assert "flow matching" in refused["error"]["seen"]
-    refused = booth(root, "plan", *asked, "--set", "prior.sampler=ddim", rc=2)
-    assert "use euler" in refused["error"]["do"]
-
-    answer = booth(root, "train", *asked, *QUICK)
+    answer = booth(root, "train", str(photos), "--class", "dog", "--name", "rex", *base, *QUICK)
     assert answer["state"] == "succeeded" and answer["prior_images_drawn"] == 2
     assert list((root / "runs/rex/v1/samples").iterdir())
     assert before == {file: sha256_file(file) for file in tiny_sd3.rglob("*.safetensors")}

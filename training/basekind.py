@@ -131,6 +131,25 @@ def is_clip(tokenizer: Any) -> bool:
     return type(tokenizer).__name__.startswith("CLIP")
 
 
+def check_scheduler(scheduler: Mapping[str, Any], kind: BaseKind, model: str) -> None:
+    """Refuse a scheduler of diffusion for a base of flow matching, and the other way round.
+
+    Args:
+        scheduler: Its config.
+        kind: Of the base.
+        model: The base, for people.
+
+    Raises:
+        UserError: It is so.
+    """
+    if kind.flow != (scheduler.get("_class_name") == FLOW_MATCH):
+        raise UserError(
+            f"the scheduler of the base {model} is of an unknown kind",
+            f"it is {scheduler.get('_class_name')}, and the base is a {kind.pipeline}",
+            f"use a base with a {FLOW_MATCH}" if kind.flow else "use a base with a scheduler of diffusion",
+        )
+
+
 def check_widths(
     unet: Mapping[str, Any], texts: Sequence[Mapping[str, Any]], kind: BaseKind, model: str
 ) -> None:

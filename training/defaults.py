@@ -72,7 +72,7 @@ OF_OPTIMIZER: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-_NAMED_3 = re.compile(r"(?:^|[^a-z])(?:sd|stable[-_]diffusion)[-_]?(?:v)?3(?![0-9])", re.IGNORECASE)
+_NAMED_3 = re.compile(r"SD3(?![0-9])|(?:^|[^a-zA-Z])(?:sd|stable[-_]diffusion)[-_]?v?3(?![0-9])")
 _NAMED_XL = re.compile(r"XL(?![a-z])|(?:^|[^a-zA-Z])(?:sd)?xl(?![a-zA-Z])|[a-z]xl(?=[-_]v?\d)")
 
 

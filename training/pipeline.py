@@ -20,9 +20,9 @@ from torch import nn
 
 from cluster.errors import UserError
 from training.basefolder import locate, part_config, read_json
-from training.basekind import FLOW_MATCH, T5, BaseKind, check_widths, is_clip, kind_of
+from training.basekind import T5, BaseKind, check_scheduler, check_widths, is_clip, kind_of
 from training.conditioning import SILENT, JointEncoder, TwinEncoder
-from training.noise import is_flow, noise_process
+from training.noise import noise_process
 from training.recipe import SamplerName
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ def open_base(model: str, revision: str | None = None) -> BaseInfo:
     unet, vae = configs[kind.denoiser], configs["vae"]
     texts = [configs[part] for part in kind.texts]
     check_widths(unet, texts, kind, model)
-    _check_flow(kind, scheduler, model)
+    check_scheduler(scheduler, kind, model)
     if T5 in dict(kind.encoders).values():
         read_json(
             folder / kind.tokenizers[-1] / "tokenizer.json", model
@@ -144,16 +144,6 @@ def open_base(model: str, revision: str | None = None) -> BaseInfo:
         if kind.flow
         else None,
     )
-
-
-def _check_flow(kind: BaseKind, scheduler: Mapping[str, Any], model: str) -> None:
-    """Refuse a scheduler of diffusion for a base of flow matching, and the other way round."""
-    if kind.flow != is_flow(scheduler):
-        raise UserError(
-            f"the scheduler of the base {model} is of an unknown kind",
-            f"it is {scheduler.get('_class_name')}, and the base is a {kind.pipeline}",
-            f"use a base with a {FLOW_MATCH}" if kind.flow else "use a base with a scheduler of diffusion",
-        )
 
 
 def shipped(part: str) -> Path:
