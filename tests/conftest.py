@@ -206,9 +206,12 @@ def _t5_tokenizer() -> T5Tokenizer:
 
 
 def build_tiny_sd3(folder: Path, t5: bool) -> Path:
-    """Write a random SD3 of 16x16 pixels (latents 16x8x8) in diffusers layout, always the same, with or without T5."""
+    """Write a random SD3 of 16x16 pixels (latents 16x8x8) in diffusers layout, always the same.
+
+    With T5 its transformer is of SD3's architecture, without it of SD3.5's.
+    """
     tokenizers, of_t5 = [_tokenizer(), _tokenizer(pad_token=",")], _t5_tokenizer()
-    layers = {"num_layers": 2, "num_heads": 4, "d_model": 64, "d_kv": 8, "d_ff": 64}
+    layers: dict[str, Any] = {"num_layers": 2, "num_heads": 4, "d_model": 64, "d_kv": 8, "d_ff": 64}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         parts: dict[str, Any] = {
@@ -224,6 +227,7 @@ def build_tiny_sd3(folder: Path, t5: bool) -> Path:
                 caption_projection_dim=32,
                 pooled_projection_dim=32 + 24,
                 pos_embed_max_size=12,
+                **({} if t5 else {"dual_attention_layers": (0,), "qk_norm": "rms_norm"}),
             ),
             "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0),
             "vae": _vae(
@@ -260,7 +264,7 @@ def tiny_sd3(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_sd3_without_t5(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny random SD3 with its CLIPs alone."""
+    """A tiny random SD3.5 with its CLIPs alone."""
     return build_tiny_sd3(tmp_path_factory.mktemp("tiny") / "tiny-sd3-clips", t5=False)
 
 

@@ -83,7 +83,7 @@ def edited(folder: Path, name: str, **values: Any) -> None:
 
 @pytest.fixture(params=["t5", "clips"])
 def sd3(request: pytest.FixtureRequest, tiny_sd3: Path, tiny_sd3_without_t5: Path) -> Path:
-    """The tiny SD3, with T5 and without."""
+    """The tiny SD3 with T5, and the tiny SD3.5 without."""
     return tiny_sd3 if request.param == "t5" else tiny_sd3_without_t5
 
 
@@ -360,16 +360,16 @@ def test_a_bank_trains_what_a_run_alone_trains(
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_memory_is_estimated_from_all_parts(method: str, sd3: Path) -> None:
-    base = open_base(str(sd3))
+def test_memory_is_estimated_from_all_parts(method: str, tiny_sd3: Path) -> None:
+    base = open_base(str(tiny_sd3))
     models = (load_unet(base), load_text_encoder(base))
     every = sum(p.numel() * 4 for model in models for p in model.parameters())
     with_text, bare = (
-        estimate(base, run_of(sd3, method=method, text_encoder={"train": train}), "cpu", 1)
+        estimate(base, run_of(tiny_sd3, method=method, text_encoder={"train": train}), "cpu", 1)
         for train in (True, False)
     )
     assert with_text.base >= every and with_text.optimizer > bare.optimizer
-    ceiling = memory_ceiling(base, run_of(sd3, method=method, text_encoder={"train": True}), "cpu")
+    ceiling = memory_ceiling(base, run_of(tiny_sd3, method=method, text_encoder={"train": True}), "cpu")
     assert with_text.libraries < with_text.peak < ceiling
 
 
