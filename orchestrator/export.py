@@ -26,7 +26,7 @@ from training.part_settings import Lora
 from training.pipeline import BaseInfo, load_text_encoder, load_unet, load_vae, open_base, part_settings
 from training.pipeline_files import read_weights, save_pipeline, write_scheduler
 from training.prompt import render_prompt
-from training.singlefile import single_file
+from training.singlefile import original_layers, single_file
 
 Format = Literal["diffusers", "single-file", "kohya", "comfy"]
 FORMATS: tuple[Format, ...] = ("diffusers", "single-file", "kohya", "comfy")
@@ -148,10 +148,10 @@ def _check_base(base: BaseInfo, wanted: Format, whole: bool) -> None:
             f"it is of the family {base.kind.family}, whose layers have other names there",
             "use --format diffusers",
         )
-    if base.kind.family != "sd" and wanted != "diffusers":
+    if base.kind.family not in ("sd", "sdxl") and wanted != "diffusers":
         raise UserError(
             f"{base.model} cannot be written as a single file",
-            f"it is of the family {base.kind.family}, and only bases of Stable Diffusion 1.x are",
+            f"it is of the family {base.kind.family}, and only bases of Stable Diffusion 1.x and SDXL are",
             "use --format diffusers",
         )
 
@@ -200,7 +200,7 @@ def _write_whole(artifact: OpenArtifact, base: BaseInfo, wanted: Format, target:
     parameters = _parameters(artifact, base)
     if wanted != "diffusers":
         settings = part_settings(base, "unet")
-        if int(settings["cross_attention_dim"]) == 1024:
+        if base.kind.family == "sd" and int(settings["cross_attention_dim"]) == 1024:
             raise UserError(
                 f"{base.model} cannot be written as a single file",
                 "single files of Stable Diffusion 2.x have OpenCLIP's text encoder, whose last layer the base lacks",
@@ -248,9 +248,13 @@ def _write_lora(
             "train.lora.dora is true",
             "use --format single-file, which has it merged, or --format diffusers",
         )
-    tensors, metadata = to_kohya(adapters, base.kind.texts)
+    of_sdxl = base.kind.family == "sdxl"
+    layers = adapters.get("unet", {}) if of_sdxl else ()
+    originals = original_layers(layers, part_settings(base, "unet")) if layers else {}
+    tensors, metadata = to_kohya(adapters, base.kind.texts, originals)
     manifest: Mapping[str, Any] = artifact.manifest
     told = {
+        **({"ss_base_model_version": "sdxl_base_v1-0"} if of_sdxl else {}),  # what programs sort LoRAs by
         "ss_sd_model_name": str(manifest["base"]["model"]),
         "ss_sd_model_hash": str(manifest["base"]["revision"]),
         "ss_steps": str(manifest["steps"]),

@@ -19,10 +19,11 @@ from training.artifact import Identity, artifact_meta, artifact_path
 from training.exchange import from_exchange
 from training.identifier import choose_identifier
 from training.lora import FILE, write_adapters
-from training.pipeline import load_tokenizer, open_base
+from training.pipeline import load_tokenizer, open_base, part_settings
 from training.pipeline_files import module_name
 from training.prompt import TEMPLATE
 from training.shapes import weight_shapes
+from training.singlefile import original_layers
 
 
 def import_lora(
@@ -58,7 +59,13 @@ def import_lora(
         part: {module_name(info, part, key): s for key, s in weight_shapes(info, part).items()}
         for part in info.kind.trainable
     }
-    adapters = from_exchange(tensors, metadata, shapes, str(path))
+    originals: Mapping[str, str] = {}
+    if (
+        info.kind.family == "sdxl"
+    ):  # kohya's scripts name the layers of its UNet as the original checkpoint does
+        matrices = (layer for layer, shape in shapes["unet"].items() if len(shape) > 1)
+        originals = original_layers(matrices, part_settings(info, "unet"))
+    adapters = from_exchange(tensors, metadata, shapes, str(path), originals)
     rank = max(f.a.shape[0] for layers in adapters.values() for f in layers.values())
     run = parse_run(
         {

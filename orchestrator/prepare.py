@@ -12,6 +12,7 @@ from typing import Any
 from cluster.errors import UserError
 from cluster.registry import Registry
 from cluster.storage import Storage, sha256
+from orchestrator import tracking
 from training import focus
 from training.artifact import Identity
 from training.buckets import Rows, bucket_of, bucket_step
@@ -26,7 +27,7 @@ from training.lease import Lease
 from training.masks import latent_masks
 from training.noise import trained_scheduler
 from training.optimizer_settings import refuse_missing
-from training.pipeline import BaseInfo, load_tokenizer, open_base, token_ids, unsaid_ids
+from training.pipeline import BaseInfo, load_tokenizer, open_base, token_ids, tokenizers, unsaid_ids
 from training.prior import prior_key
 from training.prompt import CLASS_PROMPT, TEMPLATE, render_prompt
 from training.recipe import Run
@@ -139,6 +140,7 @@ def prepare(run: Run, storage: Storage) -> Prepared:
     refuse_untrainable(base, run.train)
     refuse_missing(run.train.optimizer)
     focus.refuse_missing(run.data.crop)
+    tracking.refuse_missing(run.track)
     trained_scheduler(base.scheduler, run.train.objective)
     if run.prior.draws:
         sampler_table(run.prior.sampler, run.prior.steps, base.scheduler)
@@ -206,7 +208,8 @@ def _named(run: Run, base: BaseInfo, tokenizer: Any) -> tuple[Choice, tuple[int,
     if not tokens.count:
         return choose_identifier(tokenizer, wanted, noun), ()
     refuse_new_tokens(base, tokenizer)
-    choice = new_identifier(tokenizer, wanted, noun, tokens.count)
+    first, *_ = tokenizers(tokenizer)  # of the same words as the others
+    choice = new_identifier(first, wanted, noun, tokens.count)
     for setting, prompt in (
         ("prior.prompt", run.prior.prompt),
         ("prior.negative_prompt", run.prior.negative_prompt),
@@ -219,8 +222,8 @@ def _named(run: Run, base: BaseInfo, tokenizer: Any) -> tuple[Choice, tuple[int,
                 "leave it out",
             )
     word = tokens.initializer or noun
-    ids = token_ids_of(tokenizer, word)
-    if not ids or tokenizer.unk_token_id in ids:
+    ids = token_ids_of(first, word)
+    if not ids or first.unk_token_id in ids:
         raise UserError(
             f"new tokens cannot start as {word!r}",
             "the base's tokenizer has no tokens for it",

@@ -8,14 +8,21 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from cluster.errors import UserError
 from cluster.mailbox import Event
 from cluster.registry import CHAMPION, Registry
 from cluster.storage import Storage
 from orchestrator.events import EventLog
 from orchestrator.mlflow_tracker import MlflowTracker
 from orchestrator.prepare import Destination, Prepared, record_path, run_path
-from orchestrator.tracking import Mirrors, TensorBoardTracker, Tracker, flatten, mirror, tracking_uri
+from orchestrator.tracking import (
+    Mirrors,
+    TensorBoardTracker,
+    Tracker,
+    flatten,
+    mirror,
+    refuse_missing,
+    tracking_uri,
+)
 from orchestrator.wandb_tracker import WandbTracker
 from training import checkpoint
 from training.artifact import artifact_path
@@ -74,6 +81,7 @@ class RunRecord:
             UserError: MLflow cannot be reached, or what is to be tracked with is not installed.
         """
         run, prepared = self.prepared.run, self.prepared
+        refuse_missing(run.track)
         params = flatten(run.model_dump(mode="json", by_alias=True, exclude={"track"}))
         tags = {
             "raybooth.subject": prepared.name,
@@ -110,8 +118,6 @@ class RunRecord:
         root = Path(self.storage.uri) if self.storage.is_local else Path("raybooth-wandb")
         try:
             tracker = WandbTracker(project, root / self.path, title, params, tags, run_id, self._note)
-        except UserError:
-            raise
         except Exception as error:  # of whatever kind: the record is ours
             said = [*str(error).strip().splitlines(), type(error).__name__][0]
             self._note(f"W&B cannot be used: {said}")

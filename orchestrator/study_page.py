@@ -63,6 +63,7 @@ def write_study_page(
     weighed = importances(trials, space)
     facts = {
         "study": outcome,
+        "unchanged": best == defaults,
         "trials": [
             (key, trials[key], top[key]) for key in sorted(top, key=lambda k: -float(top[k]["worth"]))
         ],
@@ -105,7 +106,11 @@ def write_study_page(
         "share": outcome.steps_spent / max(outcome.steps_of_grid, 1),
     }
     path = f"{study_path(bench.study)}/report/index.html"
-    storage.write(path, render_page("study.html", facts, {"figure": lambda value: f"{value:.3f}"}))
+    filters = {
+        "figure": lambda value: f"{value:.3f}",
+        "setting": lambda value: f"{value:.4g}" if isinstance(value, float) else value,
+    }
+    storage.write(path, render_page("study.html", facts, filters))
     return path
 
 

@@ -1,5 +1,6 @@
 """This file is where figures leave for trackers such as MLflow. The record is ours; what is here mirrors it."""
 
+import importlib.util
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -8,6 +9,25 @@ from typing import Any, Protocol
 
 from cluster.errors import UserError
 from cluster.storage import Storage
+from training.recipe import Track
+
+PREFIXES = {"step": "", "validation": "validation_", "score": "drawn_"}
+"""What the figures of an event have before their names, by event."""
+
+
+def refuse_missing(track: Track) -> None:
+    """Refuse a tracker whose package is not installed; nothing is imported.
+
+    Raises:
+        UserError: It is not.
+    """
+    for name, wanted in (("tensorboard", track.tensorboard), ("wandb", track.wandb)):
+        if wanted and importlib.util.find_spec(name) is None:
+            raise UserError(
+                f"track.{name} is set, but {name} is not installed",
+                f"No module named {name!r}",
+                f"pip install 'raybooth[{name}]'",
+            )
 
 
 class Tracker(Protocol):
@@ -87,7 +107,7 @@ def mirror(said: Sequence[Mapping[str, Any]], mirrors: Mirrors, storage: Storage
 
 def _row(entry: Mapping[str, Any]) -> dict[str, float | None]:
     """The figures in an entry by the names that trackers show; empty where there are none."""
-    prefix = {"step": "", "validation": "validation_", "score": "drawn_"}.get(entry["event"])
+    prefix = PREFIXES.get(entry["event"])
     if prefix is None:
         return {}
     said = {key: value for key, value in entry.items() if key not in ("event", "time", "step")}
@@ -108,20 +128,10 @@ class TensorBoardTracker:
 
     Args:
         folder: A local folder.
-
-    Raises:
-        UserError: TensorBoard is not installed.
     """
 
     def __init__(self, folder: Path) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ModuleNotFoundError as error:
-            raise UserError(
-                "track.tensorboard is true, but TensorBoard is not installed",
-                str(error),
-                "pip install 'raybooth[tensorboard]'",
-            ) from error
+        from torch.utils.tensorboard import SummaryWriter
 
         # a run that goes on is written again from its first step, in place of what is there
         self.writer = SummaryWriter(str(folder), purge_step=0)

@@ -4,7 +4,7 @@ from cluster.machine import sees_gpu
 from cluster.registry import Registry
 from cluster.session import resolve_address
 from cluster.storage import Storage
-from orchestrator.fits import Room, check_memory
+from orchestrator.fits import Memory, Room
 from orchestrator.prepare import Destination, Prepared, destination, one_at_a_time, prepare
 from orchestrator.progress import Stages
 from orchestrator.signals import Signals
@@ -52,7 +52,7 @@ def _train(
             stages.note(f"{prepared.name} {goal.version} was not finished: going on with it")
         if resolve_address(address) is None:  # else workers run on machines that are not known yet
             device = "cuda" if sees_gpu() and run.cluster.gpus_per_worker != 0 else "cpu"
-            check_memory(prepared.base, run, device, Room.here(device))
+            Memory(device, Room.here(device)).check(prepared.base, run)
         return SingleRun(storage, stages, prepared, goal, signals).run(address)
 
 

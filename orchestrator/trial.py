@@ -19,7 +19,7 @@ from orchestrator.prepare import Prepared, prepare
 from orchestrator.space import key_of, sections
 from orchestrator.spec import parse_run
 from training import checkpoint
-from training.critic import Critic, Picture, Scores, worth
+from training.critic import Critic, Picture, Scores, parted, worth
 from training.cuts import crops
 from training.embedders import decoded, open_embedder
 from training.gang import GangShape, run_gang
@@ -256,15 +256,10 @@ class Trial:
     def _score(self, prepared: Prepared, lease: Lease, step: int) -> Scores:
         bench = self._bench
         path = grid_path(lease.name, bench.study, self.key, step)
-        prompts = (*bench.prompts, CLASS_PROMPT)
         [picture] = decoded([self._place.storage.read(path)])
-        found = tiles(picture, bench.num_images, len(prompts))
-        seeds = range(bench.num_images)
-        asked = [(prompt, seed) for prompt in prompts for seed in seeds]
-        drawn = [Picture(*one, pixels) for one, pixels in zip(asked, found, strict=True)]
+        drawn = tiles(picture, bench.num_images, len(bench.prompts) + 1)
+        own, of_class = parted(bench.prompts, bench.num_images, drawn)
         critic, of_base = self._place.critic(prepared)
-        of_class = [one for one in drawn if one.prompt == CLASS_PROMPT]
-        own = [one for one in drawn if one.prompt != CLASS_PROMPT]
         return critic.score(own, of_class, of_base[: len(of_class)])
 
 

@@ -12,6 +12,7 @@ import torch
 from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from PIL import Image
+from safetensors.torch import load_file
 
 from pocket.subject import write_photos
 
@@ -28,6 +29,7 @@ QUICK = [
         "train.text_encoder.train=true",
     ),
     *("--set", "train.lr=0.05", "--set", "train.text_encoder.lr=0.05"),  # to be seen after 4 steps
+    *("--set", "train.new_tokens={count: 2, lr: 0.05}"),
 ]
 
 
@@ -57,11 +59,18 @@ def test_stock_diffusers_draws_what_was_trained_and_generated(tiny_sdxl: Path, t
 
     def theirs() -> Any:
         generator = torch.Generator("cpu").manual_seed(7)
-        words = "a zwx dog in snow"
+        words = "a <zwx> dog in snow"
         return (pipe(words, generator=generator, **settings).images[0] * 255).round().astype(int)
 
     plain = theirs()
     pipe.load_lora_weights(answer["artifact"])
+    rows = load_file(Path(answer["artifact"]) / "learned_embeds.safetensors")
+    for key, known in (
+        ("clip_l", ("text_encoder", "tokenizer")),
+        ("clip_g", ("text_encoder_2", "tokenizer_2")),
+    ):
+        text_encoder, tokenizer = (getattr(pipe, name) for name in known)
+        pipe.load_textual_inversion(rows[key], token="<zwx>", text_encoder=text_encoder, tokenizer=tokenizer)
     apart = np.abs(theirs() - ours)
     assert np.median(apart) <= 3  # ours has a watermark in it
     assert np.abs(plain - ours).mean() > 2 * apart.mean()

@@ -115,14 +115,6 @@ class TwinEncoder(nn.Module):
         text = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
         return Conditioning(text.masked_fill(silent[:, :, None], 0), second[0].masked_fill(silent, 0))
 
-    def get_input_embeddings(self) -> nn.Module:
-        """Those of the first encoder, as of transformers' models."""
-        return cast(nn.Module, cast(Any, self.text_encoder).get_input_embeddings())
-
-    def set_input_embeddings(self, embeddings: nn.Module) -> None:
-        """As that of transformers' models."""
-        cast(Any, self.text_encoder).set_input_embeddings(embeddings)
-
     def activation_checkpointing_enable(self) -> None:
         """As that of transformers' models."""
         for model in self.clips.values():

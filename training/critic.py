@@ -7,7 +7,7 @@ two drawings of one prompt are apart; the paper takes LPIPS, here it is the cosi
 near to a training photo as a soft and moved copy of it, which DINO and CLIP-I would praise.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from PIL import Image
 
 from training.embedders import Embedder
 from training.png import Pixels
-from training.prompt import render_prompt, without_subject
+from training.prompt import CLASS_PROMPT, render_prompt, without_subject
 from training.scores import (
     CopyTest,
     Estimate,
@@ -43,6 +43,21 @@ class Picture:
     """As it was asked for, such as `a photo of {subject} on the beach`."""
     seed: int
     pixels: Pixels
+
+
+def parted(
+    prompts: Sequence[str], num_images: int, drawn: Iterable[Pixels]
+) -> tuple[list[Picture], list[Picture]]:
+    """Drawings of the subject and of its class, as they lie in a grid: a row for each prompt, the class's last.
+
+    Args:
+        prompts: Of the subject's rows.
+        num_images: Of each row; their seeds are 0, 1, ...
+        drawn: Row by row.
+    """
+    asked = [(prompt, seed) for prompt in (*prompts, CLASS_PROMPT) for seed in range(num_images)]
+    pictures = [Picture(*one, pixels) for one, pixels in zip(asked, drawn, strict=True)]
+    return pictures[:-num_images], pictures[-num_images:]
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ from cluster.errors import UserError
 from cluster.storage import sha256_file
 from training.basefolder import locate_model
 from training.defaults import base_family
-from training.pipeline import quiet, shipped
+from training.imports import auto_class, quiet, text_class, tokenizer_class
+from training.pipeline import shipped
 from training.png import Pixels
 from training.scores import Vectors
 from training.stop_settings import Stop
@@ -53,8 +54,7 @@ class Embedder:
         self._device = device
         self._folder, self._kind = find_embedder(model)
         self._look = _Look.read(self._folder)
-        with quiet():
-            self._net, self._tokenizer = _load(self._folder, self._kind)
+        self._net, self._tokenizer = _load(self._folder, self._kind)
         self._net.to(device)
         self.limit = int(self._net.config.text_config.max_position_embeddings) if self.reads else 0
 
@@ -180,14 +180,13 @@ def _kind(folder: Path, model: str) -> str:
 def _load(folder: Path, kind: str) -> tuple[Any, Any]:
     loading = {"use_safetensors": True, "local_files_only": True, "dtype": torch.float32}
     if kind == "clip":
-        from transformers.models.clip.modeling_clip import CLIPModel
-        from transformers.models.clip.tokenization_clip import CLIPTokenizer
-
-        tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-        return CLIPModel.from_pretrained(folder, **loading).eval(), tokenizer
-    from transformers.models.auto.modeling_auto import AutoModel
-
-    return AutoModel.from_pretrained(folder, trust_remote_code=False, **loading).eval(), None
+        model, tokenizer = text_class("CLIPModel"), tokenizer_class()
+        with quiet():
+            read = tokenizer.from_pretrained(folder, local_files_only=True)
+            return model.from_pretrained(folder, **loading).eval(), read
+    model = auto_class()
+    with quiet():
+        return model.from_pretrained(folder, trust_remote_code=False, **loading).eval(), None
 
 
 def _pooled(output: Any) -> torch.Tensor:

@@ -7,7 +7,6 @@ the norm.
 
 import logging
 import os
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from torch import nn
 from cluster.errors import UserError
 from training.average import Average
 from training.checkpoint import State, Tensors
+from training.imports import without
 from training.module import NEW_TOKENS, TEXT_ENCODER, UNET, DreamBoothModule
 from training.objective import PairBatch
 from training.optimizer_settings import refuse_sharding
@@ -39,16 +39,9 @@ def _deepspeed(device: str) -> Any:
     if device == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # its muon optimizer would import inductor, 2-3 s
-    hidden = sys.modules.get("mlflow")
-    sys.modules["mlflow"] = cast(Any, None)  # its autotuner would import mlflow, 1 s and 100 MB
-    try:
+    with without("mlflow"):  # its autotuner would import mlflow, 1 s and 100 MB
         import deepspeed
         import deepspeed.ops
-    finally:
-        if hidden is None:
-            del sys.modules["mlflow"]
-        else:
-            sys.modules["mlflow"] = hidden
     if device == "cpu":
         deepspeed.ops.__compatible_ops__ = {}  # else it compiles shared-memory collectives, 90 s the first time
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)

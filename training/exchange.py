@@ -39,15 +39,15 @@ def _prefixes(texts: Sequence[str], denoiser: str = "unet") -> dict[str, str]:
 
 
 def to_kohya(
-    adapters: Adapters, texts: Sequence[str] = ("text_encoder",)
+    adapters: Adapters, texts: Sequence[str] = ("text_encoder",), originals: Mapping[str, str] = {}
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Tensors and metadata of the file that kohya's scripts, ComfyUI and AUTOMATIC1111 read.
-
-    The layers of a UNet have diffusers' names in it, as in files of diffusers' scripts.
 
     Args:
         adapters: The LoRA.
         texts: The base's text encoders, in order.
+        originals: What the UNet's layers are called there, where that is not as diffusers calls them: kohya's scripts
+            train an SDXL under the names of the original checkpoint, any other base under diffusers'.
     """
     prefixes = _prefixes(texts)
     tensors: dict[str, torch.Tensor] = {}
@@ -59,7 +59,7 @@ def to_kohya(
             key = (
                 prefixes[part]
                 + (_TEXT if part == "text_encoder" else "").replace(".", "_")
-                + layer.replace(".", "_")
+                + (originals.get(layer, layer) if part == "unet" else layer).replace(".", "_")
             )
             tensors[f"{key}.lora_down.weight"] = factors.a.float().contiguous()
             tensors[f"{key}.lora_up.weight"] = factors.b.float().contiguous()
@@ -86,6 +86,7 @@ def from_exchange(
     metadata: Mapping[str, str],
     shapes: Mapping[str, Mapping[str, tuple[int, ...]]],
     file: str,
+    originals: Mapping[str, str] = {},
 ) -> dict[str, dict[str, LayerFactors]]:
     """The LoRA that a file of kohya's or diffusers' names holds, every layer of it of one rank and scale 1.
 
@@ -94,6 +95,7 @@ def from_exchange(
         metadata: Of the file; diffusers keeps alphas there.
         shapes: By part and layer of the base, the denoiser first, the shape of the weight.
         file: Its name, for people.
+        originals: What the UNet's layers may be called besides, by their names in the base.
 
     Raises:
         UserError: It is no LoRA, or it does not fit the base.
@@ -101,6 +103,10 @@ def from_exchange(
     denoiser, *texts = shapes
     prefixes = _prefixes(texts, denoiser)
     names = {part: _names(part, prefixes[part], layers) for part, layers in shapes.items()}
+    if originals:
+        names["unet"] |= {
+            prefixes["unet"] + name.replace(".", "_"): layer for layer, name in originals.items()
+        }
     alphas = _alphas(metadata, shapes)
     found: dict[tuple[str, str], _Found] = {}
     for key, tensor in tensors.items():
@@ -162,7 +168,7 @@ def _place(key: str, names: Mapping[str, Mapping[str, str]], file: str) -> tuple
     raise UserError(
         f"{file} does not fit the base",
         f"there is nowhere to put {key}",
-        "name the base that it was trained from with --base; of an SDXL's give a file whose UNet has diffusers' names",
+        "name the base that it was trained from with --base",
     )
 
 

@@ -30,6 +30,7 @@ from ray.train.v2._internal.execution.controller.state import ResizingState
 from cluster.errors import RayboothError
 from cluster.mailbox import LEAVE, MEMORY, MailboxClient, Withdrawn, connect, failure
 from cluster.session import is_private
+from training.imports import forgo
 from training.lease import Bank, Calibrate, Lease
 from training.listener import Listener
 from training.wish import Dropped, no_wish
@@ -137,6 +138,7 @@ def _work(config: Mapping[str, Any]) -> None:
     """What every rank does: take a lease, train it, take the next."""
     from training.loop import ResidentBase  # only workers pay for the models' imports
 
+    forgo()
     torch.set_num_threads(int(config["cpus_per_worker"]))
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()

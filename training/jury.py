@@ -4,7 +4,6 @@ The photos it compares with are those that the autoencoder gives back of the run
 too. What the pristine base draws of the class, for the same prompt and seeds, is where drift is counted from.
 """
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import nn
 
 from cluster.errors import RayboothError, failure_of
 from training.batches import Batches
-from training.critic import Critic, Picture, worth
+from training.critic import Critic, Picture, parted, worth
 from training.embedders import embedders_of, open_embedder
 from training.engine import TrainingEngine
 from training.lease import Lease, latent_table
@@ -77,12 +76,13 @@ class Jury:
             UserError: An embedder cannot be used where rank 0 is.
         """
         if self._of_base is None:
-            self._of_base = self._pictures((CLASS_PROMPT,), self._pristine.of_base(self._unet, engine))
-        drawn = self._pictures((*self._stop.prompts, CLASS_PROMPT), self._samples.images(engine))
-        own, of_class = drawn[: -self._stop.num_images], drawn[-self._stop.num_images :]
+            images = self._pristine.of_base(self._unet, engine)  # none on ranks that do not decode them
+            self._of_base = parted((), self._stop.num_images, images)[1] if images else []
+        drawn = self._samples.images(engine)
         found: list[Any] = [None]
-        if self._batches.rank == 0:
+        if drawn:
             try:
+                own, of_class = parted(self._stop.prompts, self._stop.num_images, drawn)
                 self._critic = self._critic or self._new_critic()
                 scores = self._critic.score(own, of_class, self._of_base)
             except RayboothError as error:  # all ranks fail with it, or the others would wait for this one
@@ -96,11 +96,6 @@ class Jury:
         if isinstance(found[0], Look):
             return found[0]
         raise failure_of(found[0])
-
-    def _pictures(self, prompts: Sequence[str], images: Sequence[Pixels] | None) -> list[Picture]:
-        """Drawings with what was asked for; none on ranks that do not decode them."""
-        asked = [(prompt, seed) for prompt in prompts for seed in range(self._stop.num_images)]
-        return [Picture(*one, picture) for one, picture in zip(asked, images, strict=True)] if images else []
 
     def _new_critic(self) -> Critic:
         """Its embedders on the CPU: a few pictures are seen in a moment there, and the device's memory is the run's."""

@@ -79,9 +79,9 @@ class DreamBoothModule(nn.Module):
             name: [p for p in part.parameters() if p.requires_grad] for name, part in parts.items() if part
         }
         if self.text_encoder is not None and (tokens := learned(self.text_encoder)):
-            own = tokens.embeddings
-            groups[TEXT_ENCODER] = [p for p in groups[TEXT_ENCODER] if p is not own]
-            groups[NEW_TOKENS] = [cast(nn.Parameter, own)]
+            own = cast(list[nn.Parameter], list(tokens.embeddings.values()))
+            groups[TEXT_ENCODER] = [p for p in groups[TEXT_ENCODER] if not any(p is one for one in own)]
+            groups[NEW_TOKENS] = own
         return {name: parameters for name, parameters in groups.items() if parameters}
 
     def recompute_activations(self) -> None:

@@ -1,12 +1,13 @@
-"""This file is where a subject gets tokens of its own: rows of the text encoder's embedding beyond those of the base.
+"""This file is where a subject gets tokens of its own: rows of the text encoders' embeddings beyond those of the base.
 
 The base's rows are parameters of no run that has new ones: the new rows lie beside them, so that the others stay as
 they are to the bit and no optimizer holds anything of them. A base's tokens are numbered 0 to V - 1, the new ones on.
+SDXL has two text encoders, and so two rows of each new token, of two widths.
 
-n new tokens, V tokens of the base, D text width.
+n new tokens, V tokens of the base, D width of a text encoder.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +19,15 @@ from safetensors.torch import save_file
 from torch import nn
 
 from cluster.errors import SystemFailure
+from training.conditioning import text_parts
 
 FILE = "learned_embeds.safetensors"  # what diffusers' load_textual_inversion looks for
 OF_AUTOMATIC = "emb_params"  # what AUTOMATIC1111, ComfyUI and kohya call the one tensor of such a file
+_KEYS = {
+    "text_encoder": "clip_l",
+    "text_encoder_2": "clip_g",
+}  # what all of them call those of SDXL's encoders
+_WORD = "word"  # the key of its metadata under which a file of several tensors has the word
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,17 +36,22 @@ class NewTokens:
 
     word: str
     """As prompts write it, such as `<zwx>`: it stands for all n tokens, in order."""
-    embeddings: torch.Tensor
-    """[n, D] float32."""
+    embeddings: Mapping[str, torch.Tensor]
+    """By text encoder (its part): [n, D] float32."""
+
+    @property
+    def count(self) -> int:
+        """n."""
+        return len(next(iter(self.embeddings.values())))
 
     @property
     def names(self) -> list[str]:
         """The tokens one by one, as diffusers names those of one word: `<zwx>`, `<zwx>_1`."""
-        return [self.word, *(f"{self.word}_{number}" for number in range(1, len(self.embeddings)))]
+        return [self.word, *(f"{self.word}_{number}" for number in range(1, self.count))]
 
     def words(self, first: int) -> Mapping[str, Sequence[int]]:
         """What `token_ids` wants to know of them; `first` is V."""
-        return {self.word: range(first, first + len(self.embeddings))}
+        return {self.word: range(first, first + self.count)}
 
 
 class GrownEmbedding(nn.Embedding):
@@ -47,14 +59,15 @@ class GrownEmbedding(nn.Embedding):
 
     Args:
         plain: The base's [V, D]; its parameter is shared and frozen.
-        tokens: The new rows, copied.
+        word: The word that the new rows are.
+        rows: The new [n, D], copied.
     """
 
-    def __init__(self, plain: nn.Embedding, tokens: NewTokens) -> None:
+    def __init__(self, plain: nn.Embedding, word: str, rows: torch.Tensor) -> None:
         super().__init__(plain.num_embeddings, plain.embedding_dim, _weight=plain.weight.detach())
         self.weight = plain.weight.requires_grad_(False)
-        self.word = tokens.word
-        self.new = nn.Parameter(tokens.embeddings.detach().to(plain.weight.device, copy=True))
+        self.word = word
+        self.new = nn.Parameter(rows.detach().to(plain.weight.device, copy=True))
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Embeddings [..., D] of token ids [...]."""
@@ -65,7 +78,7 @@ class GrownEmbedding(nn.Embedding):
 
 
 def started(text_encoder: nn.Module, word: str, initializer_ids: Sequence[int], count: int) -> NewTokens:
-    """New tokens as they start: each the mean of the tokens of a known word.
+    """New tokens as they start: each the mean of the tokens of a known word, in every text encoder its own.
 
     Args:
         text_encoder: Of the base.
@@ -73,31 +86,45 @@ def started(text_encoder: nn.Module, word: str, initializer_ids: Sequence[int], 
         initializer_ids: Tokens of the known one.
         count: n.
     """
-    rows = _embedding(text_encoder).weight.detach()[list(initializer_ids)]
-    return NewTokens(word, rows.mean(dim=0).repeat(count, 1))
+    rows = {
+        part: _embedding(model).weight.detach()[list(initializer_ids)].mean(dim=0).repeat(count, 1)
+        for part, model in text_parts(text_encoder).items()
+    }
+    return NewTokens(word, rows)
 
 
 def grow(text_encoder: nn.Module, tokens: NewTokens) -> None:
     """Have a text encoder, in place, know new tokens; their embeddings require a gradient, the base's do not."""
-    cast(Any, text_encoder).set_input_embeddings(GrownEmbedding(_embedding(text_encoder), tokens))
+    for part, model in text_parts(text_encoder).items():
+        grown = GrownEmbedding(_embedding(model), tokens.word, tokens.embeddings[part])
+        cast(Any, model).set_input_embeddings(grown)
 
 
 @contextmanager
 def knowing(text_encoder: nn.Module, tokens: NewTokens | None) -> Iterator[None]:
     """A context in which a text encoder knows new tokens, if there are any."""
-    plain = _embedding(text_encoder)
+    plain = {model: _embedding(model) for model in text_parts(text_encoder).values()}
     if tokens is not None:
         grow(text_encoder, tokens)
     try:
         yield
     finally:
-        cast(Any, text_encoder).set_input_embeddings(plain)
+        for model, embedding in plain.items():
+            cast(Any, model).set_input_embeddings(embedding)
 
 
 def learned(text_encoder: nn.Module) -> NewTokens | None:
-    """The new tokens that a text encoder knows, as they are now; their embeddings are its parameter."""
-    embedding = _embedding(text_encoder)
-    return NewTokens(embedding.word, embedding.new) if isinstance(embedding, GrownEmbedding) else None
+    """The new tokens that a text encoder knows, as they are now; their embeddings are its parameters."""
+    found = {part: _embedding(model) for part, model in text_parts(text_encoder).items()}
+    grown = {part: one for part, one in found.items() if isinstance(one, GrownEmbedding)}
+    if not grown:
+        return None
+    return NewTokens(next(iter(grown.values())).word, {part: one.new for part, one in grown.items()})
+
+
+def embedding_names(parameters: Iterable[str]) -> dict[str, str]:
+    """Those of `PART.NAME` that are embeddings of tokens, by part."""
+    return {name.partition(".")[0]: name for name in parameters if name.endswith(".token_embedding.weight")}
 
 
 def whole_state(text_encoder: nn.Module) -> dict[str, torch.Tensor]:
@@ -110,15 +137,19 @@ def whole_state(text_encoder: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def save_tokens(tokens: NewTokens, file: Path, name: str | None = None) -> None:
-    """Write embeddings as stock `load_textual_inversion(file)` reads them.
+    """Write embeddings as stock `load_textual_inversion` reads them.
 
     Args:
-        tokens: To write.
+        tokens: To write. Of one text encoder the file itself is what is read; of two it has a tensor for each, `clip_l`
+            and `clip_g`, which are read one by one.
         file: Where to.
-        name: Of the tensor, where a program calls for another than the word.
+        name: Of the one tensor, where a program calls for another than the word.
     """
-    rows = tokens.embeddings.detach().float().cpu().contiguous()
-    save_file({name or tokens.word: rows}, file, metadata={"format": "pt"})
+    rows = {part: one.detach().float().cpu().contiguous() for part, one in tokens.embeddings.items()}
+    if len(rows) == 1:
+        save_file({name or tokens.word: rows["text_encoder"]}, file, metadata={"format": "pt"})
+    else:  # one key: safetensors writes several in any order, and the same tokens should be the same bytes
+        save_file({_KEYS[part]: one for part, one in rows.items()}, file, metadata={_WORD: tokens.word})
 
 
 def read_tokens(folder: Path) -> NewTokens | None:
@@ -132,13 +163,16 @@ def read_tokens(folder: Path) -> NewTokens | None:
         return None
     try:
         with safe_open(file, "pt") as tensors:
-            [word] = tensors.keys()
-            embeddings = tensors.get_tensor(word)
-    except (SafetensorError, ValueError) as error:
+            found = {key: tensors.get_tensor(key) for key in tensors.keys()}  # noqa: SIM118 (it is no mapping)
+            word = (tensors.metadata() or {}).get(_WORD) or next(iter(found), "")
+    except SafetensorError as error:
         raise SystemFailure(f"{file} holds no tokens of ours", str(error)) from error
-    if len(embeddings.shape) != 2:
-        raise SystemFailure(f"{file} holds no tokens of ours", f"a tensor of shape {tuple(embeddings.shape)}")
-    return NewTokens(word, embeddings)
+    keys = {"text_encoder": word} if len(found) == 1 else _KEYS
+    shapes = {key: tuple(rows.shape) for key, rows in found.items()}
+    fit = {*keys.values()} == {*found} and {len(shape) for shape in shapes.values()} == {2}
+    if not fit or len({n for n, _ in shapes.values()}) != 1:
+        raise SystemFailure(f"{file} holds no tokens of ours", f"tensors of shapes {shapes}")
+    return NewTokens(word, {part: found[key] for part, key in keys.items()})
 
 
 def _embedding(text_encoder: nn.Module) -> nn.Embedding:

@@ -18,11 +18,11 @@ from cluster.errors import SystemFailure, UserError
 from training.lora import CHANGED, LayerFactors, read_lora
 from training.lora import FILE as LORA_FILE
 from training.lora_algebra import merged
-from training.new_tokens import NewTokens, read_tokens
+from training.new_tokens import NewTokens, embedding_names, read_tokens
 from training.noise import trained_scheduler
 from training.objective_settings import Objective
 from training.pipeline import BaseInfo
-from training.pipeline_files import EMBEDDING, read_weights
+from training.pipeline_files import read_weights
 from training.row_linear import Adapter, Factors
 
 Models = Mapping[str, nn.Module]
@@ -41,7 +41,7 @@ class Outfit:
     weights: Weights = field(default_factory=dict)
     """Whole parameters in place of the base's; only rows that have the same ones share a forward pass."""
     tokens: NewTokens | None = None
-    """What its text encoder knows beyond the base's tokens."""
+    """What its text encoders know beyond the base's tokens."""
     scheduler: Mapping[str, Any] | None = None
     """The scheduler config that it was trained with; `None` is the base's."""
 
@@ -49,8 +49,8 @@ class Outfit:
     def nbytes(self) -> int:
         """Memory that it takes."""
         factors = (f.nbytes for adapter in (self.unet, *self.text.values()) for f in adapter.values())
-        tokens = self.tokens.embeddings.nbytes if self.tokens else 0
-        return sum(factors) + sum(t.nbytes for t in self.weights.values()) + tokens
+        tokens = self.tokens.embeddings if self.tokens else {}
+        return sum(factors) + sum(t.nbytes for held in (self.weights, tokens) for t in held.values())
 
 
 PLAIN = Outfit()
@@ -81,10 +81,12 @@ def read_outfit(
             "draw it with the base it was trained from",
         )
     scheduler, tokens = _scheduler(base, manifest or {}), read_tokens(folder)
-    if tokens and tokens.embeddings.shape[1:] != pristine[EMBEDDING].shape[1:]:
-        there = tuple(pristine[EMBEDDING].shape)
-        seen = f"new tokens {tuple(tokens.embeddings.shape)} for an embedding {there}"
-        raise SystemFailure(f"{folder} does not fit the base", seen)
+    if tokens:
+        widths = {part: pristine[name].shape[1] for part, name in embedding_names(pristine).items()}
+        own = {part: rows.shape[1] for part, rows in tokens.embeddings.items()}
+        if own != widths:
+            seen = f"new tokens of widths {own} for embeddings of {widths}"
+            raise SystemFailure(f"{folder} does not fit the base", seen)
     if (folder / LORA_FILE).is_file():
         return replace(_of_lora(models, pristine, folder), scheduler=scheduler, tokens=tokens)
     if (folder / CHANGED).is_file():

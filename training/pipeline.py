@@ -1,16 +1,14 @@
 """This file is where a pretrained base enters: found, checked, pinned and loaded.
 
-It is the door to diffusers and to transformers' models. Everything that differs between bases (prediction
-type, VAE scaling factor, sizes, token limit) is read from the base's JSON and carried in `BaseInfo`.
+Everything that differs between bases (prediction type, VAE scaling factor, sizes, token limit) is read from the base's
+JSON and carried in `BaseInfo`.
 
 B batch, L tokens, C latent channels, H W latent size.
 """
 
 import importlib.resources
-import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -22,6 +20,7 @@ from cluster.errors import UserError
 from training.basefolder import locate, part_config, read_json
 from training.basekind import T5, BaseKind, check_scheduler, check_widths, is_clip, kind_of
 from training.conditioning import SILENT, JointEncoder, TwinEncoder
+from training.imports import denoiser_class, quiet, text_class, tokenizer_class, vae_class
 from training.noise import noise_process
 from training.recipe import SamplerName
 
@@ -153,16 +152,16 @@ def shipped(part: str) -> Path:
 
 def load_tokenizer(base: BaseInfo) -> "CLIPTokenizer | tuple[CLIPTokenizer, ...]":
     """The base's tokenizer; of a base with several text encoders a tuple of theirs, of which a T5's is no CLIP's."""
-    from transformers.models.clip.tokenization_clip import CLIPTokenizer
-    from transformers.models.t5.tokenization_t5 import T5Tokenizer
-
     found = tuple(
-        (T5Tokenizer if named == T5 else CLIPTokenizer).from_pretrained(
-            base.path / name, local_files_only=True
-        )
+        tokenizer_class(named == T5).from_pretrained(base.path / name, local_files_only=True)
         for name, (_, named) in zip(base.kind.tokenizers, base.kind.encoders, strict=True)
     )
     return found if len(found) > 1 else found[0]
+
+
+def tokenizers(tokenizer: Any) -> tuple[Any, ...]:
+    """Those of `load_tokenizer`, also where there is one."""
+    return tokenizer if isinstance(tokenizer, tuple) else (tokenizer,)
 
 
 def token_ids(
@@ -223,29 +222,29 @@ def _with_words(
 
 def load_unet(base: BaseInfo) -> nn.Module:
     """The base's denoiser, a UNet or a transformer: fp32, on the CPU, in eval mode, frozen."""
+    unet = denoiser_class(base.kind.denoiser)
     with quiet():
-        return _frozen(_denoiser_class(base).from_pretrained(base.path / base.kind.denoiser, **_LOADING))
+        return _frozen(unet.from_pretrained(base.path / base.kind.denoiser, **_LOADING))
 
 
 def load_vae(base: BaseInfo) -> nn.Module:
     """The base's VAE: fp32 (SDXL's overflows in fp16, `force_upcast`), on the CPU, in eval mode, frozen."""
+    vae = vae_class()
     with quiet():
-        return _frozen(_vae_class().from_pretrained(base.path / "vae", **_LOADING))
+        return _frozen(vae.from_pretrained(base.path / "vae", **_LOADING))
 
 
 def load_text_encoder(base: BaseInfo) -> nn.Module:
     """The base's text encoder, one module also where it is two models: fp32, on the CPU, in eval mode, frozen."""
+    found = [(part, text_class(named)) for part, named in base.kind.encoders]
     with quiet():
-        models = [
-            _text_class(named).from_pretrained(base.path / part, **_LOADING)
-            for part, named in base.kind.encoders
-        ]
+        models = [model.from_pretrained(base.path / part, **_LOADING) for part, model in found]
     return _frozen(_one_encoder(base, models))
 
 
 def empty_unet(base: BaseInfo) -> nn.Module:
     """The base's denoiser without weights, on the meta device: its shapes cost no memory."""
-    unet = _denoiser_class(base)
+    unet = denoiser_class(base.kind.denoiser)
     with torch.device("meta"):
         return cast(nn.Module, unet.from_config(part_settings(base, base.kind.denoiser)))
 
@@ -254,7 +253,7 @@ def empty_text_encoder(base: BaseInfo) -> nn.Module:
     """The base's text encoder without weights, on the meta device."""
     models = []
     for part, named in base.kind.encoders:
-        model = _text_class(named)
+        model = text_class(named)
         config = model.config_class.from_pretrained(base.path / part)
         with torch.device("meta"):
             models.append(model(config))
@@ -274,7 +273,7 @@ def _one_encoder(base: BaseInfo, models: Sequence[nn.Module]) -> nn.Module:
 
 def empty_vae(base: BaseInfo) -> nn.Module:
     """The base's VAE without weights, on the meta device."""
-    vae = _vae_class()
+    vae = vae_class()
     with torch.device("meta"):
         return cast(nn.Module, vae.from_config(read_json(base.path / "vae/config.json", base.model)))
 
@@ -305,52 +304,3 @@ def part_settings(base: BaseInfo, part: str) -> dict[str, Any]:
 
 def _frozen(model: Any) -> nn.Module:
     return cast(nn.Module, model.eval().requires_grad_(False))
-
-
-# Models are imported where they are used: a driver needs none of them, and they cost it 5 CPU seconds.
-
-
-# Which diffusers imports where it is installed: it tells of kernels that it has not, for layers that we have not.
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-
-
-def _vae_class() -> Any:
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-
-    return AutoencoderKL
-
-
-def _denoiser_class(base: BaseInfo) -> Any:
-    if base.kind.denoiser == "transformer":
-        from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
-
-        return SD3Transformer2DModel
-    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-
-    return UNet2DConditionModel
-
-
-def _text_class(named: str) -> Any:
-    if named == T5:
-        from transformers.models.t5.modeling_t5 import T5EncoderModel
-
-        return T5EncoderModel
-    from transformers.models.clip import modeling_clip
-
-    return getattr(modeling_clip, named)
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """No progress bars of the libraries: a part of a base is read in a moment, and the bars are ours."""
-    from diffusers.utils import logging as of_diffusers
-    from transformers.utils import logging as of_transformers
-
-    shown = [log for log in (of_diffusers, of_transformers) if log.is_progress_bar_enabled()]
-    for log in shown:
-        log.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for log in shown:
-            log.enable_progress_bar()

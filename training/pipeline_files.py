@@ -4,7 +4,7 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -13,10 +13,9 @@ from torch import nn
 from training.basefolder import read_json, used_files
 from training.basekind import CLIP, BaseKind, kind_of
 from training.conditioning import text_parts, trained_parts
-from training.new_tokens import learned, read_tokens, whole_state
-from training.pipeline import BaseInfo, load_tokenizer, part_settings
+from training.new_tokens import embedding_names, learned, read_tokens, whole_state
+from training.pipeline import BaseInfo, load_tokenizer, part_settings, tokenizers
 
-EMBEDDING = "text_encoder.embeddings.token_embedding.weight"
 _TEXT_PREFIX = (
     "text_model."  # before a `CLIPTextModel`'s names: transformers before 5 need it, later ones drop it
 )
@@ -25,7 +24,7 @@ _TEXT_PREFIX = (
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     """What `save_pipeline` wrote of the trained models: their parameters by `PART.NAME`.
 
-    New tokens are left out of the embedding, whose rows are then those of the base.
+    New tokens are left out of embeddings, whose rows are then those of the base.
     The libraries' own loaders patch torch for all threads while they load; this may run beside a model at work.
     """
     found: dict[str, torch.Tensor] = {}
@@ -35,7 +34,8 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
         for name, value in load_file(folder / _weights_file(kind, part)).items():
             found[f"{part}.{name.removeprefix(prefixes.get(part, ''))}"] = value
     if tokens := read_tokens(folder):
-        found[EMBEDDING] = found[EMBEDDING][: -len(tokens.embeddings)]
+        for name in embedding_names(found).values():
+            found[name] = found[name][: -tokens.count]
     return found
 
 
@@ -45,7 +45,7 @@ def save_pipeline(base: BaseInfo, unet: nn.Module, text_encoder: nn.Module, fold
     Args:
         base: Gives everything that is not trained.
         unet: Trained, with whole fp32 parameters.
-        text_encoder: Trained or as it was; new tokens that it knows are the tokenizer's too.
+        text_encoder: Trained or as it was; new tokens that it knows are its tokenizers' too.
         folder: Where to; made if it is not there.
     """
     # The libraries' `save_pretrained` imports DeepSpeed to ask whether the model is an engine.
@@ -64,12 +64,14 @@ def save_pipeline(base: BaseInfo, unet: nn.Module, text_encoder: nn.Module, fold
         if (file.suffix == ".json" and ".index." not in file.name) or name.parts[0] in whole_folders:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, folder / name)
-    for part, model in text_parts(text_encoder).items():
+    tokens = learned(text_encoder)
+    for part in text_parts(text_encoder):
         config = _fp32(part_settings(base, part))
-        if tokens := learned(model):
-            config["vocab_size"] += len(tokens.embeddings)
-            _add_to_tokenizer(base, tokens.names, folder / "tokenizer")
+        if tokens:
+            config["vocab_size"] += tokens.count
         (folder / part / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    if tokens:
+        _add_to_tokenizers(base, tokens.names, folder)
     for path, tensors in weights.items():
         whole = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
         save_file(whole, folder / path, metadata={"format": "pt"})
@@ -78,13 +80,13 @@ def save_pipeline(base: BaseInfo, unet: nn.Module, text_encoder: nn.Module, fold
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _add_to_tokenizer(base: BaseInfo, names: Sequence[str], folder: Path) -> None:
-    """Have a copy of the base's tokenizer know further tokens, in either of the forms in which it is read."""
-    tokenizer = cast(Any, load_tokenizer(base))  # one: a base with several has no new tokens
-    added = {name: len(tokenizer) + number for number, name in enumerate(names)}
-    tokenizer.add_tokens(list(names))
-    (folder / "tokenizer.json").write_text(tokenizer.backend_tokenizer.to_str(pretty=True) + "\n")
-    (folder / "added_tokens.json").write_text(json.dumps(added, indent=2) + "\n")
+def _add_to_tokenizers(base: BaseInfo, names: Sequence[str], folder: Path) -> None:
+    """Have copies of the base's tokenizers know further tokens, in either of the forms in which they are read."""
+    for part, tokenizer in zip(base.kind.tokenizers, tokenizers(load_tokenizer(base)), strict=True):
+        added = {name: len(tokenizer) + number for number, name in enumerate(names)}
+        tokenizer.add_tokens(list(names))
+        (folder / part / "tokenizer.json").write_text(tokenizer.backend_tokenizer.to_str(pretty=True) + "\n")
+        (folder / part / "added_tokens.json").write_text(json.dumps(added, indent=2) + "\n")
 
 
 def write_scheduler(folder: Path, scheduler: Mapping[str, Any]) -> None:

@@ -15,6 +15,7 @@ from cluster.objects import failure_about
 from cluster.storage import Storage
 from training.artifact import open_artifact
 from training.draw import Drawer
+from training.imports import forgo
 from training.pipeline import encode_image, load_vae, open_base
 from training.png import Finish, encode_png
 from training.reading import ReadImages, error_text
@@ -30,6 +31,7 @@ class EncodeWorker:
     """
 
     def __init__(self, model: str, revision: str | None, device: str) -> None:
+        forgo(only_vae=True)
         self.device = device
         self.vae = load_vae(open_base(model, revision)).to(self.device)
 
@@ -85,7 +87,7 @@ class DrawWorker:
         storage_uri: str,
         finish: Finish = encode_png,
     ) -> None:
-        self.finish = finish
+        forgo()
         self.drawer = Drawer(open_base(model, revision), device=device, width=width)
         self.storage_uri = storage_uri
         self.finish = finish

@@ -13,7 +13,7 @@ from training.conditioning import leave_unread
 from training.lora import attach
 from training.new_tokens import grow, started
 from training.part_settings import NewTokens, TextEncoder
-from training.pipeline import BaseInfo, empty_text_encoder, empty_unet, part_settings
+from training.pipeline import BaseInfo, empty_text_encoder, empty_unet, part_settings, tokenizers
 from training.recipe import Train
 
 
@@ -68,22 +68,30 @@ def refuse_untrainable(base: BaseInfo, train: Train) -> None:
 
 
 def refuse_new_tokens(base: BaseInfo, tokenizer: Any) -> None:
-    """Refuse new tokens for a base that cannot have them; `tokenizer` is the base's.
+    """Refuse new tokens for a base that cannot have them; `tokenizer` is the base's, of `load_tokenizer`.
 
     Raises:
-        UserError: It has a second text encoder, or its tokenizer and its embedding do not agree on where they begin.
+        UserError: It is neither a Stable Diffusion 1.x/2.x nor an SDXL, its tokenizers have not the same words, or a
+            tokenizer and an embedding do not agree on where new tokens begin.
     """
-    if len(base.kind.texts) > 1:
+    if base.kind.family not in ("sd", "sdxl"):
         raise UserError(
-            "train.new_tokens is for bases with one text encoder",
-            f"{base.model} has two",
-            "leave it out, or take a Stable Diffusion 1.x/2.x base",
+            "train.new_tokens is for bases of Stable Diffusion 1.x/2.x and SDXL",
+            f"{base.model} is of the family {base.kind.family}",
+            "leave it out, or take a Stable Diffusion 1.x/2.x or SDXL base",
         )
-    rows = int(part_settings(base, "text_encoder")["vocab_size"])
-    if rows != len(tokenizer):
+    found = tokenizers(tokenizer)
+    seen = [
+        f"its {name} has {len(one)}, and the embedding of its {part} {rows} rows"
+        for name, one, part in zip(base.kind.tokenizers, found, base.kind.texts, strict=True)
+        if (rows := int(part_settings(base, part)["vocab_size"])) != len(one)
+    ]
+    if any(one.get_vocab() != found[0].get_vocab() for one in found):
+        seen.append("its tokenizers have different words")
+    if seen:
         raise UserError(
             f"{base.model} can have no new tokens",
-            f"its tokenizer has {len(tokenizer)}, and its text encoder's embedding {rows} rows",
+            "; ".join(seen),
             "leave train.new_tokens out, or take another base",
         )
 

@@ -1,14 +1,15 @@
-"""This file is where a pipeline's parameters get the names of the original Stable Diffusion checkpoints.
+"""This file is where a pipeline's parameters get the names of the original Stable Diffusion and SDXL checkpoints.
 
 Those single files are what ComfyUI, AUTOMATIC1111 and kohya's scripts load.
 
 Source:
     The module lists of CompVis/stable-diffusion's `openaimodel.py` and `model.py`; UNet blocks are counted through
-    there, one index for each residual block or change of size.
+    there, one index for each residual block or change of size. Stability-AI/generative-models for SDXL, and open_clip's
+    `transformer.py` for its second text encoder.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -27,11 +28,28 @@ _UNET_ENDS = {
     "conv_in": "input_blocks.0.0",
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
     "conv_norm_out": "out.0",
     "conv_out": "out.2",
     "mid_block.attentions.0": "middle_block.1",
 }
 _VAE_PARTS = {"conv_norm_out": "norm_out", "mid_block.attentions.0": "mid.attn_1"}
+_OPEN_CLIP_ENDS = {
+    "text_projection.weight": "text_projection",
+    "text_model.embeddings.position_embedding.weight": "positional_embedding",
+    "text_model.embeddings.token_embedding.weight": "token_embedding.weight",
+    "text_model.final_layer_norm.weight": "ln_final.weight",
+    "text_model.final_layer_norm.bias": "ln_final.bias",
+}
+_OPEN_CLIP = {
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+    "self_attn.out_proj": "attn.out_proj",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+}
+_FUSED = ("q_proj", "k_proj", "v_proj")  # one after the other in open_clip's `in_proj`
 _VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 
 
@@ -41,23 +59,26 @@ def single_file(
     """The tensors of one checkpoint.
 
     Args:
-        parameters: Those of UNet and text encoder by `unet.NAME` and `text_encoder.NAME`.
+        parameters: Those of UNet and text encoders by `unet.NAME`, `text_encoder.NAME` and, of an SDXL,
+            `text_encoder_2.NAME`.
         vae: Those of the VAE.
         unet_config: The UNet's config.
 
     Raises:
         UserError: The base has parts that such files have no names for.
     """
-    per_level = int(unet_config["layers_per_block"])
-    attended = ["CrossAttn" in kind for kind in unet_config["up_block_types"]]
     levels = 1 + max(int(n.split(".")[2]) for n in vae if n.startswith("decoder.up_blocks."))
-    out: dict[str, torch.Tensor] = {}
+    parts: dict[str, dict[str, torch.Tensor]] = {}
     for name, value in parameters.items():
         part, _, rest = name.partition(".")
-        if part == "unet":
-            out[f"model.diffusion_model.{_of_unet(rest, per_level, attended)}"] = value
-        else:
-            out[f"cond_stage_model.transformer.text_model.{rest.removeprefix('text_model.')}"] = value
+        parts.setdefault(part, {})[rest] = value
+    out = {f"model.diffusion_model.{_of_unet(n, unet_config)}": v for n, v in parts["unet"].items()}
+    second = parts.get("text_encoder_2")
+    first = "conditioner.embedders.0" if second else "cond_stage_model"
+    for name, value in parts["text_encoder"].items():
+        out[f"{first}.transformer.text_model.{name.removeprefix('text_model.')}"] = value
+    for name, value in _of_open_clip(second).items() if second else ():
+        out[f"conditioner.embedders.1.model.{name}"] = value
     for name, value in vae.items():
         key = _of_vae(name, levels)
         # attention there is by 1 x 1 convolutions
@@ -66,8 +87,22 @@ def single_file(
     return {key: value.detach().float().cpu().contiguous() for key, value in out.items()}
 
 
-def _of_unet(name: str, per_level: int, attended: list[bool]) -> str:
+def original_layers(layers: Iterable[str], unet_config: Mapping[str, Any]) -> dict[str, str]:
+    """What layers of diffusers' UNet are called in the original.
+
+    Args:
+        layers: Names of modules that have weights.
+        unet_config: The UNet's config.
+
+    Raises:
+        UserError: A layer has no name there.
+    """
+    return {n: _of_unet(f"{n}.weight", unet_config).removesuffix(".weight") for n in layers}
+
+
+def _of_unet(name: str, config: Mapping[str, Any]) -> str:
     """A parameter of diffusers' UNet as it is called in the original."""
+    per_level = int(config["layers_per_block"])
     end = next((end for end in _UNET_ENDS if name.startswith(f"{end}.")), None)
     if end:
         return _UNET_ENDS[end] + name.removeprefix(end)
@@ -86,9 +121,29 @@ def _of_unet(name: str, per_level: int, attended: list[bool]) -> str:
         return f"input_blocks.{(int(found[1]) + 1) * (per_level + 1)}.0.op.{found[2]}"
     if found := re.fullmatch(r"up_blocks\.(\d+)\.upsamplers\.0\.conv\.(\w+)", name):
         level = int(found[1])
-        after = 2 if attended[level] else 1
+        after = 2 if "CrossAttn" in config["up_block_types"][level] else 1
         return f"output_blocks.{level * (per_level + 1) + per_level}.{after}.conv.{found[2]}"
     raise _nameless(f"unet.{name}")
+
+
+def _of_open_clip(parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The parameters of transformers' `CLIPTextModelWithProjection` as open_clip has them."""
+    out: dict[str, torch.Tensor] = {}
+    fused: dict[str, dict[str, torch.Tensor]] = {}
+    for name, value in parameters.items():
+        if name in _OPEN_CLIP_ENDS:
+            out[_OPEN_CLIP_ENDS[name]] = value.T if name == "text_projection.weight" else value
+            continue
+        found = re.fullmatch(r"text_model\.encoder\.layers\.(\d+)\.(.+)\.(weight|bias)", name)
+        block, inner, leaf = found.groups() if found else ("", "", "")
+        if inner in _OPEN_CLIP:
+            out[f"transformer.resblocks.{block}.{_OPEN_CLIP[inner]}.{leaf}"] = value
+        elif inner.removeprefix("self_attn.") in _FUSED:
+            key = f"transformer.resblocks.{block}.attn.in_proj_{leaf}"
+            fused.setdefault(key, {})[inner.removeprefix("self_attn.")] = value
+        else:
+            raise _nameless(f"text_encoder_2.{name}")
+    return out | {key: torch.cat([each[of] for of in _FUSED]) for key, each in fused.items()}
 
 
 def _of_vae(name: str, levels: int) -> str:

@@ -41,6 +41,7 @@ from training.pipeline import (
     load_unet,
     load_vae,
     token_ids,
+    tokenizers,
     unsaid_ids,
 )
 from training.request import FORWARD_ROWS, DrawRequest
@@ -243,7 +244,7 @@ class Studio:
         with self._tokenizing:  # a tokenizer is borrowed by one thread at a time
             if prompt is None:
                 return unsaid_ids(self.base, self._tokenizer)
-            words = outfit.tokens.words(len(self._tokenizer)) if outfit.tokens else {}
+            words = outfit.tokens.words(len(tokenizers(self._tokenizer)[0])) if outfit.tokens else {}
             return token_ids(self._tokenizer, [prompt], self.base.token_limit, words)
 
     def _wear_text(self, outfit: Outfit) -> None:

@@ -65,7 +65,8 @@ def booth(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Storage:
                     low = torch.randn(layer.out_features, 3) @ torch.randn(3, layer.in_features)
                     layer.weight.data.add_(low, alpha=0.03)
             if count:
-                grow(text_encoder, replace(start, embeddings=torch.randn_like(start.embeddings) * 0.3))
+                moved = {part: torch.randn_like(rows) * 0.3 for part, rows in start.embeddings.items()}
+                grow(text_encoder, replace(start, embeddings=moved))
         write_weights(info, run, unet, text_encoder, folder)
         word, initializer_ids = ("<zwx>", (97,)) if count else ("zwx", ())
         identity = Identity(word, "dog", "a {identifier} {class}", (1,), initializer_ids)

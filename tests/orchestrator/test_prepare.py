@@ -1,5 +1,6 @@
 """A run made ready: what the user got wrong is found here, and what decides the weights is known."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -41,6 +42,16 @@ def test_the_sample_grid_has_its_prompts_after_the_empty_one(prepared: Callable[
     assert len(run.sample_ids) == 3
     assert len({len(ids) for ids in run.sample_ids}) == 1 and run.sample_ids[0] != run.sample_ids[2]
     assert prepared("validate.prompts=[]").sample_ids == []
+
+
+@pytest.mark.parametrize("name", ["wandb", "tensorboard"])
+def test_a_tracker_that_is_not_installed_is_told_before_anything_is_stored(
+    name: str, prepared: Callable[..., Prepared], storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(UserError, match=rf"{name} is not installed.*pip install 'raybooth\[{name}\]'"):
+        prepared(f"track.{name}=true")
+    assert not (Path(storage.uri) / "subjects").exists()
 
 
 def test_what_decides_the_best_checkpoint_decides_the_weights_when_it_is_published(

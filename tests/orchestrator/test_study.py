@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+import subprocess
 import sys
 import xml.etree.ElementTree as ET
 from dataclasses import replace
@@ -91,7 +93,7 @@ class BrokenOff(Exception):
 
 @pytest.fixture
 def spec(tiny_base: Path, tmp_path: Path) -> StudySpec:
-    """Two subjects of the tiny base, three recipes and nine steps."""
+    """Two subjects of the tiny base, three recipes and three steps."""
     runs: list[Run] = []
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
@@ -110,7 +112,7 @@ def spec(tiny_base: Path, tmp_path: Path) -> StudySpec:
         space=parse_space({"train.lr": [1e-4, 1e-2], "prior.weight": [0.0, 1.0]}),
         trials=3,
         search="grid",
-        steps=9,
+        steps=3,
         num_images=2,
         prompts=("a photo of {subject}", "{subject} on the beach"),
         dino="pocket",
@@ -123,9 +125,32 @@ def read(storage: Storage) -> dict[str, dict[str, Any]]:
     return {name: storage.read_json(f"studies/night/trials/{name}") for name in names}
 
 
+COUNT = """<script>
+const wide = (all, width) => [...all].filter(one => width(one) > 10).length;
+onload = () => document.title = JSON.stringify({
+    plots: wide(document.querySelectorAll("svg"), one => one.getBoundingClientRect().width),
+    pictures: wide(document.images, one => one.naturalWidth),
+});
+</script>"""
+
+
+def shown(browser: str, page: str, folder: Path) -> dict[str, int]:
+    """How many plots and pictures a browser shows."""
+    # the page lets no script run
+    counted = re.sub('<meta http-equiv="Content-Security-Policy"[^>]*>', "", page) + COUNT
+    (folder / "page.html").write_text(counted, "utf-8")
+    quietly = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'profile'}"]
+    command = [browser, *quietly, "--dump-dom", (folder / "page.html").as_uri()]
+    dom = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+    found = re.search("<title>(.*?)</title>", dom)
+    assert found
+    counts: dict[str, int] = json.loads(found[1])
+    return counts
+
+
 @pytest.mark.slow
 def test_a_study_that_was_broken_off_goes_on_and_ends_with_a_recipe(
-    spec: StudySpec, storage: Storage, monkeypatch: pytest.MonkeyPatch
+    spec: StudySpec, storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     heard = 0
 
@@ -148,7 +173,7 @@ def test_a_study_that_was_broken_off_goes_on_and_ends_with_a_recipe(
     assert outcome.trials == len(after) == 3
     assert {one["state"] for one in after.values()} <= {"done", "stopped"}
     spent = sum(row["steps_spent"] for one in after.values() for row in one["rows"])
-    assert outcome.steps_spent == spent <= outcome.steps_of_grid == 3 * 9 * 2
+    assert outcome.steps_spent == spent <= outcome.steps_of_grid == 3 * 3 * 2
     rows = [row for one in after.values() for row in one["rows"]]
     assert outcome.worth == pytest.approx(max(row["worth"] for row in rows), abs=1e-4)
     starts = [seconds for row in rows[1:] for seconds in row["start_s"]]
@@ -160,8 +185,10 @@ def test_a_study_that_was_broken_off_goes_on_and_ends_with_a_recipe(
     page = Path(outcome.page).read_text("utf-8")
     assert page.count("<svg") == 3 and page.count("<img") >= 6
     assert not re.search(r"(src|href)=.http", page)  # it is whole by itself
+    if browser := shutil.which("chromium") or shutil.which("google-chrome"):
+        assert shown(browser, page, tmp_path) == {"plots": 3, "pictures": page.count("<img")}
     assert json.dumps(outcome.as_json())
     again = run_study(spec, storage, Lines(sys.stderr), None)  # done: without Ray
     assert again.as_json() == outcome.as_json()
     with pytest.raises(UserError, match="there is another study night"):
-        run_study(replace(spec, steps=8), storage, Lines(sys.stderr), None)
+        run_study(replace(spec, steps=4), storage, Lines(sys.stderr), None)

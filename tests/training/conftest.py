@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from importlib.util import module_from_spec, spec_from_file_location
 from multiprocessing.connection import Connection, Listener
@@ -13,7 +13,10 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 
+from cluster.session import session
+from cluster.storage import Storage
 from training.batches import Batches
 from training.dataplan import DataPlan
 from training.lease import LatentTable, Lease
@@ -21,6 +24,13 @@ from training.loop import ResidentBase
 from training.pipeline import load_tokenizer, open_base, token_ids
 from training.recipe import Run
 from training.wish import Wish
+
+
+@pytest.fixture(scope="module")
+def ray_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A private Ray."""
+    with session(None, 4, Storage(str(tmp_path_factory.mktemp("root")))):
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -88,6 +98,7 @@ def make_batches() -> Callable[..., Batches]:
         plan = DataPlan(run.train.seed, 3, 5, run.train.pairs_per_step, 1000, run.prior.weight)
         tables = [LatentTable(**latents(seed, rows)) for seed, rows in ((1, 3), (2, 5))]
         ids = torch.tensor(lease.prompts)
+        whole = [np.tile(np.asarray([16, 16, 0, 0, 16, 16], np.float32), (rows, 1)) for rows in (3, 5)]
         return Batches(
             plan,
             tables,
@@ -97,9 +108,40 @@ def make_batches() -> Callable[..., Batches]:
             world,
             run.train.accumulation,
             torch.device("cpu"),
+            sizes=whole if base.info.kind.sized else None,
         )
 
     return make
+
+
+# -- what stock diffusers draws ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stock_images() -> Callable[..., NDArray[np.uint8]]:
+    """Draws a prompt with a stock pipeline, an image [H, W, 3] for each seed; settings as its call takes them."""
+
+    def draw(pipe: Any, prompt: str, seeds: Sequence[int], **call: Any) -> NDArray[np.uint8]:
+        pipe.set_progress_bar_config(disable=True)
+        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+        images = pipe([prompt] * len(seeds), generator=generators, output_type="np", **call).images
+        rounded: NDArray[np.uint8] = (images * 255).round().astype(np.uint8)
+        return rounded
+
+    return draw
+
+
+@pytest.fixture
+def assert_same_picture() -> Callable[[Any, NDArray[np.uint8]], None]:
+    """At most 1/255 apart, and at most one value in a hundred: sums are taken in another order."""
+
+    def look(ours: Any, theirs: NDArray[np.uint8]) -> None:
+        apart = np.abs(np.stack(ours).astype(int) - theirs.astype(int))
+        assert apart.max() <= 1
+        assert (apart > 0).mean() <= 0.01
+        assert theirs.std() > 5  # a picture, not a flat field
+
+    return look
 
 
 # -- whole runs without Ray --------------------------------------------------------------------------------
@@ -147,7 +189,7 @@ def alone(group: None, resident: ResidentBase, monkeypatch: pytest.MonkeyPatch) 
 class Pair:
     """Two processes that train together, started once for all tests."""
 
-    def __init__(self, folder: Path, base: Path) -> None:
+    def __init__(self, folder: Path) -> None:
         address = str(folder / "address")
         with Listener(address) as listener:
             self._processes = [
@@ -161,7 +203,6 @@ class Pair:
                         "2",
                         str(folder / "store"),
                         address,
-                        str(base),
                     ]
                 )
                 for rank in range(2)
@@ -182,9 +223,9 @@ class Pair:
 
 
 @pytest.fixture(scope="session")
-def pair(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     """Trains a job in two processes together."""
-    both = Pair(tmp_path_factory.mktemp("pair"), tiny_base)
+    both = Pair(tmp_path_factory.mktemp("pair"))
     yield both
     both.close()
 

@@ -143,12 +143,12 @@ def test_class_images_get_the_sizes_of_the_photos(prepared: Callable[..., Prepar
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("ray_session")
 def test_class_images_are_drawn_and_all_is_encoded_in_its_size(
     prepared: Callable[..., Prepared], storage: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        "training.stream.SHARDS_PER_READER", 1
-    )  # pictures of several sizes go from tasks to actors
+    # pictures of several sizes go from tasks to actors
+    monkeypatch.setattr("training.stream.SHARDS_PER_READER", 1)
     one = prepared("data.buckets=true")
     prior, key = one.run.prior, one.prior_key("cpu")
     assert key is not None and draw_prior(storage, one.base, prior, "dog", Pool()) == 6
@@ -224,6 +224,30 @@ def test_a_run_in_buckets_is_trained_on_batches_of_one_size(
     done = alone(job)
     assert done["metrics"]["validation_loss"] > 0, done
     assert sum(len(payload) for kind, payload in done["events"] if kind == "steps") == 8
+
+
+@pytest.mark.slow
+def test_two_workers_have_the_losses_of_one(
+    make_job: Callable[..., Lease], alone: Callable[..., Any], pair: Any
+) -> None:
+    train = {"method": "full", "steps": 6, "lr": 1e-4, "pairs_per_step": 3}
+    sections = {"train": train, "data": {"buckets": True}, "validate": {"every": 3, "samples": 5}}
+
+    def losses(name: str, workers: Callable[..., Any], **more: Any) -> list[float]:
+        job = replace(
+            make_job(name, **sections, **more),
+            subject_latents=[rows_of(1, WIDE, SQUARE, HIGH)],
+            class_latents=[rows_of(2, HIGH, SQUARE), rows_of(3, WIDE, HIGH)],
+            sample_ids=(),
+        )
+        done = workers(job)
+        events = (done[0] if isinstance(done, list) else done)["events"]
+        rows = [row for kind, said in events if kind == "steps" for row in said]
+        rows += [said for kind, said in events if kind == "validation"]
+        return [row[key] for row in rows for key in ("loss_subject", "loss_class")]
+
+    one, two = losses("one", alone), losses("two", pair, engine={"zero_stage": 3})
+    assert len(one) == 2 * (6 + 2) and np.allclose(one, two, atol=1e-5)
 
 
 def test_a_size_that_the_class_lacks_is_said(

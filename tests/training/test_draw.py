@@ -1,6 +1,7 @@
 """Rows are drawn as stock diffusers draws them, and each as if it were alone."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteSchedule
 from diffusers.schedulers.scheduling_lcm import LCMScheduler
 from diffusers.schedulers.scheduling_pndm import PNDMScheduler
 from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
-from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -66,27 +66,14 @@ def write_artifact(base: BaseInfo, run: Run, folder: Path) -> None:
     write_weights(base, run, unet, text_encoder, folder)
 
 
-def stock_images(pipe: Any, seeds: list[int], **call: Any) -> NDArray[np.uint8]:
-    pipe.set_progress_bar_config(disable=True)
-    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-    images: NDArray[np.float32] = pipe(
-        [PROMPT] * len(seeds), generator=generators, output_type="np", **call
-    ).images
-    return (images * 255).round().astype(np.uint8)
-
-
-def assert_same_picture(ours: Any, theirs: NDArray[np.uint8]) -> None:
-    """At most 1/255 apart, and at most one value in a hundred: sums are taken in another order."""
-    apart = np.abs(np.stack(ours).astype(int) - theirs.astype(int))
-    assert apart.max() <= 1
-    assert (apart > 0).mean() <= 0.01
-    assert theirs.std() > 5  # a picture, not a flat field
-
-
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 @pytest.mark.parametrize("prediction", ["tiny_base", "tiny_base_v"])
 def test_the_pristine_base_draws_what_stock_diffusers_draws(
-    prediction: str, eta: float, request: pytest.FixtureRequest
+    prediction: str,
+    eta: float,
+    request: pytest.FixtureRequest,
+    stock_images: Callable[..., Any],
+    assert_same_picture: Callable[..., None],
 ) -> None:
     folder: Path = request.getfixturevalue(prediction)
     drawer = Drawer(open_base(str(folder)), device="cpu")
@@ -94,7 +81,7 @@ def test_the_pristine_base_draws_what_stock_diffusers_draws(
     pipe = StableDiffusionPipeline.from_pretrained(folder)
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     call: dict[str, Any] = {"num_inference_steps": 8, "guidance_scale": 5.0, "eta": eta}
-    assert_same_picture(ours, stock_images(pipe, [7, 8], negative_prompt=["snow"] * 2, **call))
+    assert_same_picture(ours, stock_images(pipe, PROMPT, [7, 8], negative_prompt=["snow"] * 2, **call))
 
 
 @pytest.mark.parametrize(
@@ -110,7 +97,11 @@ def test_the_pristine_base_draws_what_stock_diffusers_draws(
     ],
 )
 def test_other_samplers_draw_what_stock_diffusers_draws(
-    tiny_base: Path, sampler: Any, scheduler: Any
+    tiny_base: Path,
+    sampler: Any,
+    scheduler: Any,
+    stock_images: Callable[..., Any],
+    assert_same_picture: Callable[..., None],
 ) -> None:
     ours = Drawer(open_base(str(tiny_base)), device="cpu").draw(
         [DrawRequest(PROMPT, 7, steps=8, guidance=5.0, sampler=sampler)]
@@ -118,12 +109,16 @@ def test_other_samplers_draw_what_stock_diffusers_draws(
     pipe = StableDiffusionPipeline.from_pretrained(tiny_base)
     multistep = {"skip_prk_steps": True} if sampler == "plms" else {}  # as in every base that comes with it
     pipe.scheduler = scheduler.from_config(pipe.scheduler.config, **multistep)
-    assert_same_picture(ours, stock_images(pipe, [7], num_inference_steps=8, guidance_scale=5.0))
+    assert_same_picture(ours, stock_images(pipe, PROMPT, [7], num_inference_steps=8, guidance_scale=5.0))
 
 
 @pytest.mark.parametrize("train_text", [False, True])
 def test_stock_diffusers_draws_our_image_with_a_lora_artifact(
-    tiny_base: Path, tmp_path: Path, train_text: bool
+    tiny_base: Path,
+    tmp_path: Path,
+    train_text: bool,
+    stock_images: Callable[..., Any],
+    assert_same_picture: Callable[..., None],
 ) -> None:
     base = open_base(str(tiny_base))
     lora, text = {"rank": 4, "alpha": 2.0}, {"train": train_text}
@@ -132,24 +127,32 @@ def test_stock_diffusers_draws_our_image_with_a_lora_artifact(
     ours = Drawer(base, tmp_path, device="cpu").draw([request])
     pipe = StableDiffusionPipeline.from_pretrained(tiny_base)
     pipe.load_lora_weights(tmp_path)
-    assert_same_picture(ours, stock_images(pipe, [7], num_inference_steps=8, guidance_scale=5.0))
+    assert_same_picture(ours, stock_images(pipe, PROMPT, [7], num_inference_steps=8, guidance_scale=5.0))
     before = Drawer(base, device="cpu").draw([request])
     assert np.abs(ours[0].astype(int) - before[0].astype(int)).mean() > 5  # the adapter is at work
 
 
-def test_stock_diffusers_draws_our_image_with_a_full_artifact(tiny_base: Path, tmp_path: Path) -> None:
+def test_stock_diffusers_draws_our_image_with_a_full_artifact(
+    tiny_base: Path,
+    tmp_path: Path,
+    stock_images: Callable[..., Any],
+    assert_same_picture: Callable[..., None],
+) -> None:
     base = open_base(str(tiny_base))
     write_artifact(base, run_of(tiny_base, method="full"), tmp_path)
     request = DrawRequest(PROMPT, 7, steps=8, guidance=5.0)
     ours = Drawer(base, tmp_path, device="cpu").draw([request])
     pipe = StableDiffusionPipeline.from_pretrained(tmp_path)
-    assert_same_picture(ours, stock_images(pipe, [7], num_inference_steps=8, guidance_scale=5.0))
+    assert_same_picture(ours, stock_images(pipe, PROMPT, [7], num_inference_steps=8, guidance_scale=5.0))
     before = Drawer(base, device="cpu").draw([request])
     assert np.abs(ours[0].astype(int) - before[0].astype(int)).mean() > 5
 
 
 def test_a_base_stored_in_half_precision_is_trained_and_published_in_full(
-    tiny_base: Path, tmp_path: Path
+    tiny_base: Path,
+    tmp_path: Path,
+    stock_images: Callable[..., Any],
+    assert_same_picture: Callable[..., None],
 ) -> None:
     half = tmp_path / "half"
     shutil.copytree(tiny_base, half)
@@ -162,7 +165,7 @@ def test_a_base_stored_in_half_precision_is_trained_and_published_in_full(
     ours = Drawer(base, tmp_path / "artifact", device="cpu").draw([DrawRequest(PROMPT, 7, steps=8)])
     pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "artifact")
     assert pipe.text_encoder.dtype == pipe.unet.dtype == torch.float32
-    assert_same_picture(ours, stock_images(pipe, [7], num_inference_steps=8, guidance_scale=7.5))
+    assert_same_picture(ours, stock_images(pipe, PROMPT, [7], num_inference_steps=8, guidance_scale=7.5))
 
 
 def test_a_rows_bits_depend_neither_on_neighbours_nor_on_position(tiny_base: Path) -> None:

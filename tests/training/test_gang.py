@@ -1,6 +1,6 @@
 """Real gangs on a tiny base: Ray Train, the mailbox, DeepSpeed, published artifacts."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 from uuid import uuid4
@@ -10,7 +10,6 @@ import pytest
 
 from cluster.errors import UserError
 from cluster.mailbox import NOBODY, Event, create, put
-from cluster.session import session
 from cluster.storage import Storage
 from training.artifact import open_artifact
 from training.batches import Batches
@@ -25,12 +24,6 @@ FULL = {
     "pairs_per_step": 3,
     "text_encoder": {"train": True, "lr": 1e-5},
 }
-
-
-@pytest.fixture(scope="module")
-def ray_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with session(None, 4, Storage(str(tmp_path_factory.mktemp("root")))):
-        yield
 
 
 @pytest.fixture

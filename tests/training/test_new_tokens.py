@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from safetensors.torch import load_file
 from torch import nn
 
@@ -18,6 +19,7 @@ from training.artifact import Identity, open_artifact, write_weights
 from training.bank_key import bankable
 from training.batches import Batches
 from training.checkpoint import State
+from training.conditioning import text_parts
 from training.draw import Drawer
 from training.engine import TrainingEngine
 from training.identifier import new_identifier, token_ids_of
@@ -25,24 +27,43 @@ from training.lease import Lease
 from training.loop import ResidentBase, build_module
 from training.lora import attach
 from training.new_tokens import FILE, grow, learned, save_tokens, started
-from training.pipeline import load_text_encoder, load_tokenizer, load_unet, open_base, token_ids
+from training.outfit import Outfit
+from training.pipeline import (
+    load_text_encoder,
+    load_tokenizer,
+    load_unet,
+    open_base,
+    token_ids,
+    tokenizers,
+)
 from training.recipe import Run
 from training.request import DrawRequest
 from training.shapes import refuse_new_tokens
+from training.studio import Studio
 from training.wish import Wish
 
 WORD = "<zwx>"
+BASES = pytest.mark.parametrize("resident", ["tiny_base", "tiny_sdxl"], indirect=True)
 PROMPT = f"a photo of a {WORD} dog on the beach"
 EMBEDDING = "embeddings.token_embedding"
+NEW = f"{EMBEDDING}.new"
 TRAIN: dict[str, Any] = {"lr": 1e-3, "pairs_per_step": 2, "new_tokens": {"count": 2, "lr": 1e-2}}
+
+
+@pytest.fixture
+def resident(request: pytest.FixtureRequest) -> ResidentBase:
+    """A base, loaded: the tiny one, or that which a test names."""
+    folder = str(request.getfixturevalue(getattr(request, "param", "tiny_base")))
+    return ResidentBase.load(folder, open_base(folder).revision, torch.device("cpu"))
 
 
 def of_new_tokens(lease: Lease, base: ResidentBase) -> Lease:
     """A lease whose subject has its own tokens, as many as its recipe says."""
     tokenizer, count = load_tokenizer(base.info), lease.recipe.train.new_tokens.count
-    choice = new_identifier(tokenizer, "auto", "dog", count)
+    first, *_ = tokenizers(tokenizer)
+    choice = new_identifier(first, "auto", "dog", count)
     identity = Identity(
-        choice.identifier, "dog", "a {identifier} {class}", choice.token_ids, token_ids_of(tokenizer, "dog")
+        choice.identifier, "dog", "a {identifier} {class}", choice.token_ids, token_ids_of(first, "dog")
     )
     texts = [PROMPT, "", f"a {WORD} dog"]
     subject, *samples = token_ids(tokenizer, texts, base.info.token_limit, identity.words).tolist()
@@ -81,6 +102,15 @@ def make_engine(
     return make
 
 
+def embeddings_of(text_encoder: nn.Module) -> dict[str, torch.Tensor]:
+    """Those of the base's tokens, by text encoder."""
+    return {
+        part: next(p for name, p in model.named_parameters() if name.endswith(f"{EMBEDDING}.weight"))
+        for part, model in text_parts(text_encoder).items()
+    }
+
+
+@BASES
 @pytest.mark.parametrize(
     "train",
     [
@@ -94,23 +124,26 @@ def make_engine(
 def test_new_rows_are_trained_at_their_own_rate_and_every_other_row_stays_to_the_bit(
     train: dict[str, Any], make_engine: Callable[..., Any], resident: ResidentBase
 ) -> None:
-    plain = resident.text_encoder.get_parameter(f"{EMBEDDING}.weight")
-    before = plain.detach().clone()
+    pristine = embeddings_of(resident.text_encoder)
+    before = {part: rows.detach().clone() for part, rows in pristine.items()}
     engine = make_engine(**train, weight_decay=0.0)(0, 1)
-    assert torch.equal(engine.module.text_encoder.get_parameter(f"{EMBEDDING}.weight"), before)
-    assert torch.equal(plain, before) and plain is resident.text_encoder.get_parameter(f"{EMBEDDING}.weight")
-    [of_dog] = token_ids_of(load_tokenizer(resident.info), "dog")
-    new = learned(engine.module.text_encoder).embeddings
-    moved = (new.detach() - before[of_dog]).abs()
-    assert moved.max() == pytest.approx(1e-2, rel=0.01)  # Adam's first step is its learning rate
-    assert not torch.equal(new[0], new[1])  # they stand in different places
+    [of_dog] = token_ids_of(tokenizers(load_tokenizer(resident.info))[0], "dog")
+    tokens, trained = learned(engine.module.text_encoder), embeddings_of(engine.module.text_encoder)
+    assert tokens.embeddings.keys() == before.keys() == trained.keys()
+    for part, new in tokens.embeddings.items():
+        assert torch.equal(trained[part], before[part]) and torch.equal(pristine[part], before[part])
+        moved = (new.detach() - before[part][of_dog]).abs()
+        assert moved.max() == pytest.approx(1e-2, rel=0.01)  # Adam's first step is its learning rate
+        assert not torch.equal(new[0], new[1])  # they stand in different places
+    assert all(embeddings_of(resident.text_encoder)[part] is rows for part, rows in pristine.items())
     state = engine.state(1).parameters
-    assert f"text_encoder.{EMBEDDING}.new" in state and f"text_encoder.{EMBEDDING}.weight" not in state
+    assert sum(name.endswith(NEW) for name in state) == len(before)
+    assert not any(name.endswith(f"{EMBEDDING}.weight") for name in state)
 
 
 def test_they_stay_as_they_are_after_the_step_they_are_stopped_at(make_engine: Callable[..., Any]) -> None:
     go = make_engine(new_tokens={"count": 1, "lr": 1e-2, "stop_after": 2})
-    name = f"text_encoder.{EMBEDDING}.new"
+    name = f"text_encoder.{NEW}"
     states = [
         {n: p.clone() for n, p in go(*part).state(part[1]).parameters.items()} for part in ((0, 2), (2, 4))
     ]
@@ -120,12 +153,18 @@ def test_they_stay_as_they_are_after_the_step_they_are_stopped_at(make_engine: C
     )
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_every_stage_moves_them_alike(stage: int, make_engine: Callable[..., Any]) -> None:
+@pytest.mark.parametrize(
+    ("resident", "stage"),
+    [("tiny_base", 1), ("tiny_base", 2), ("tiny_base", 3), ("tiny_sdxl", 2)],
+    indirect=["resident"],
+)
+def test_every_stage_moves_them_alike(
+    stage: int, make_engine: Callable[..., Any], resident: ResidentBase
+) -> None:
     plain, sharded = (make_engine(stage=s)(0, 3).state(3).parameters for s in (0, stage))
-    name = f"text_encoder.{EMBEDDING}.new"
-    assert torch.allclose(plain[name], sharded[name], atol=1e-5)
     assert plain.keys() == sharded.keys()
+    for name in (name for name in plain if name.endswith(NEW)):
+        assert torch.allclose(plain[name], sharded[name], atol=1e-5)
 
 
 def test_the_teacher_hears_the_class_noun_in_their_place(
@@ -181,7 +220,7 @@ def test_two_workers_that_left_go_on_to_the_bits_and_one_has_the_same_losses(
     assert np.allclose(list(losses(one).values()), list(losses(calm).values()), atol=1e-5)
 
 
-def write_artifact(base_folder: Path, folder: Path, count: int, **train: Any) -> None:
+def write_artifact(base_folder: Path, folder: Path, count: int, seed: int = 5, **train: Any) -> None:
     """An artifact as if trained: weights and tokens moved far enough that the picture changes."""
     base = open_base(str(base_folder))
     run = Run.model_validate(
@@ -192,9 +231,10 @@ def write_artifact(base_folder: Path, folder: Path, count: int, **train: Any) ->
         }
     )
     unet, text_encoder = load_unet(base), load_text_encoder(base)
-    grow_from = started(text_encoder, WORD, token_ids_of(load_tokenizer(base), "dog"), count)
+    of_dog = token_ids_of(tokenizers(load_tokenizer(base))[0], "dog")
+    grow_from = started(text_encoder, WORD, of_dog, count)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(5)
+        torch.manual_seed(seed)
         if run.train.method == "lora":
             attach(unet, text_encoder, run.train.lora, run.train.text_encoder.train, seed=1)
         grow(text_encoder, grow_from)
@@ -206,14 +246,22 @@ def write_artifact(base_folder: Path, folder: Path, count: int, **train: Any) ->
     write_weights(base, run, unet, text_encoder, folder)
 
 
-def pictures(pipe: Any, prompt: str) -> Any:
-    pipe.set_progress_bar_config(disable=True)
-    generator = torch.Generator("cpu").manual_seed(7)
-    image = pipe(prompt, generator=generator, output_type="np", num_inference_steps=8, guidance_scale=5.0)
-    return (image.images[0] * 255).round().astype(int)
+def load_word(pipe: Any, folder: Path) -> None:
+    """Have a stock pipeline know the artifact's word, in each of its text encoders."""
+    found = load_file(folder / FILE)
+    if found.keys() == {WORD}:
+        pipe.load_textual_inversion(folder)
+        return
+    for key, text_encoder, tokenizer in (
+        ("clip_l", pipe.text_encoder, pipe.tokenizer),
+        ("clip_g", pipe.text_encoder_2, pipe.tokenizer_2),
+    ):
+        rows = found.pop(key)
+        pipe.load_textual_inversion(rows, token=WORD, text_encoder=text_encoder, tokenizer=tokenizer)
+    assert not found
 
 
-@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize(("base", "count"), [("tiny_base", 1), ("tiny_base", 2), ("tiny_sdxl", 2)])
 @pytest.mark.parametrize(
     "train",
     [
@@ -224,37 +272,63 @@ def pictures(pipe: Any, prompt: str) -> Any:
     ids=["lora", "lora-text", "full"],
 )
 def test_stock_diffusers_draws_our_image(
-    train: dict[str, Any], count: int, tiny_base: Path, tmp_path: Path
+    train: dict[str, Any],
+    count: int,
+    base: str,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+    stock_images: Callable[..., Any],
+    assert_same_picture: Callable[..., None],
 ) -> None:
-    write_artifact(tiny_base, tmp_path, count, **train)
-    drawer = Drawer(open_base(str(tiny_base)), tmp_path, device="cpu")
+    folder: Path = request.getfixturevalue(base)
+    write_artifact(folder, tmp_path, count, **train)
+    drawer = Drawer(open_base(str(folder)), tmp_path, device="cpu")
     ours, other = drawer.draw(
         [DrawRequest(prompt, 7, steps=8, guidance=5.0) for prompt in (PROMPT, PROMPT.replace(WORD, "zwx"))]
     )
-    if train["method"] == "full":
-        pipe = StableDiffusionPipeline.from_pretrained(tmp_path)
-    else:
-        pipe = StableDiffusionPipeline.from_pretrained(tiny_base)
+    pipe = DiffusionPipeline.from_pretrained(tmp_path if train["method"] == "full" else folder)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    if train["method"] == "lora":
         pipe.load_lora_weights(tmp_path)
-        pipe.load_textual_inversion(tmp_path)
-    apart = np.abs(ours.astype(int) - pictures(pipe, PROMPT))
-    assert apart.max() <= 1 and (apart > 0).mean() <= 0.01
-    assert np.abs(ours.astype(int) - other.astype(int)).mean() > 2  # the tokens are at work
+        load_word(pipe, tmp_path)
+    theirs = stock_images(pipe, PROMPT, [7], num_inference_steps=8, guidance_scale=5.0)
+    assert_same_picture([ours], theirs)
+    assert np.abs(ours.astype(int) - other.astype(int)).mean() > 1  # the tokens are at work
 
 
-def test_a_full_artifact_is_a_base_again_and_of_the_same_bytes(tiny_base: Path, tmp_path: Path) -> None:
+def test_subjects_with_the_same_word_are_drawn_together_as_alone(tiny_sdxl: Path, tmp_path: Path) -> None:
+    for name, seed in (("rex", 5), ("tom", 6)):
+        write_artifact(tiny_sdxl, tmp_path / name, 2, seed=seed, method="lora")
+    studio = Studio(open_base(str(tiny_sdxl)), "cpu", width=6)
+    outfits = [studio.read(tmp_path / name, None) for name in ("rex", "tom")]
+
+    def drawn(*worn: Outfit) -> list[bytes]:
+        rows = [studio.row(DrawRequest(PROMPT, 7, steps=2, guidance=5.0), outfit) for outfit in worn]
+        for _ in range(2):
+            studio.step(rows)
+        return [row.x.numpy().tobytes() for row in rows]
+
+    [rex], [tom] = (drawn(outfit) for outfit in outfits)
+    assert rex != tom and drawn(*outfits) == [rex, tom]
+
+
+@BASES
+def test_a_full_artifact_is_a_base_again_and_of_the_same_bytes(
+    resident: ResidentBase, tmp_path: Path
+) -> None:
     for name in ("one", "two"):
-        write_artifact(tiny_base, tmp_path / name, 2, method="full", text_encoder={"train": False})
+        write_artifact(resident.info.path, tmp_path / name, 2, method="full", text_encoder={"train": False})
     files = [
         {p.relative_to(f): p.read_bytes() for p in f.rglob("*") if p.is_file()} for f in tmp_path.iterdir()
     ]
     assert files[0] == files[1]
     base = open_base(str(tmp_path / "one"))
-    plain, tokenizer = load_tokenizer(open_base(str(tiny_base))), load_tokenizer(base)
-    assert token_ids_of(tokenizer, f"{WORD} {WORD}_1") == (len(plain), len(plain) + 1)
-    refuse_new_tokens(base, tokenizer)
-    with pytest.raises(UserError, match="already"):
-        new_identifier(tokenizer, "zwx", "dog", 1)
+    first, *_ = tokenizers(load_tokenizer(resident.info))
+    for tokenizer in tokenizers(load_tokenizer(base)):
+        assert token_ids_of(tokenizer, f"{WORD} {WORD}_1") == (len(first), len(first) + 1)
+        with pytest.raises(UserError, match="already"):
+            new_identifier(tokenizer, "zwx", "dog", 1)
+    refuse_new_tokens(base, load_tokenizer(base))
 
 
 @pytest.mark.parametrize("prompt", [PROMPT, f"{WORD}", f"{WORD.upper()},{WORD} dog.", "a dog"])
@@ -288,12 +362,17 @@ def test_the_identifier_is_a_word_in_brackets(tiny_base: Path) -> None:
 
 def test_a_base_that_cannot_have_them_is_refused(tiny_base: Path, tiny_sdxl: Path) -> None:
     base, other = open_base(str(tiny_base)), open_base(str(tiny_sdxl))
-    tokenizer = load_tokenizer(base)
-    with pytest.raises(UserError, match="two"):
-        refuse_new_tokens(other, load_tokenizer(other))
+    tokenizer, (one, two) = load_tokenizer(base), tokenizers(load_tokenizer(other))
+    refuse_new_tokens(other, (one, two))
     tokenizer.add_tokens(["<more>"])
-    with pytest.raises(UserError, match="rows"):
+    two.add_tokens(["<more>"])
+    with pytest.raises(UserError, match=r"its tokenizer has 143, and the embedding of its \w+ 142 rows"):
         refuse_new_tokens(base, tokenizer)
+    with pytest.raises(UserError, match=r"its tokenizer_2 has 143.*; its tokenizers have different words"):
+        refuse_new_tokens(other, (one, two))
+    third = replace(other, kind=replace(other.kind, family="another"))
+    with pytest.raises(UserError, match="is of the family another"):
+        refuse_new_tokens(third, (one, one))
 
 
 def test_they_are_trained_alone_and_what_does_not_fit_is_said(tiny_base: Path, tmp_path: Path) -> None:
@@ -305,7 +384,7 @@ def test_they_are_trained_alone_and_what_does_not_fit_is_said(tiny_base: Path, t
     write_artifact(tiny_base, tmp_path, 1, method="lora")
     base = open_base(str(tiny_base))
     tokens = started(load_text_encoder(base), WORD, [5], 1)
-    save_tokens(replace(tokens, embeddings=torch.zeros(1, 16)), tmp_path / FILE)
+    save_tokens(replace(tokens, embeddings={"text_encoder": torch.zeros(1, 16)}), tmp_path / FILE)
     with pytest.raises(SystemFailure, match="does not fit the base"):
         Drawer(base, tmp_path, device="cpu")
     (tmp_path / FILE).write_bytes(b"no tensors")

@@ -1,6 +1,6 @@
 """Prior sets and latents through real Ray Data actors: drawn once, the same whoever asks, checked when read."""
 
-from collections.abc import Iterator
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +13,6 @@ from PIL import Image
 
 from cluster.errors import SystemFailure, UserError
 from cluster.mailbox import fetch
-from cluster.session import session
 from cluster.storage import Storage
 from training.intake import read_photos, store_photos
 from training.latents import ImageSet, Shard, latent_path, latent_refs, missing_images, missing_shards
@@ -23,14 +22,25 @@ from training.prior import draw_prior, image_seed, prior_count, prior_images, pr
 from training.recipe import Data, Prior
 from training.stream import Pool, draw_pngs, encode
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
 PRIOR = Prior(num_images=6, steps=3, guidance=4.0)
+FEW = PRIOR.model_copy(update={"num_images": 2})
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with session(None, 3, Storage(str(tmp_path_factory.mktemp("ray")))):
-        yield
+@pytest.fixture(scope="module")
+def _drawn(tiny_base: Path, ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A root with few dogs and cats."""
+    root = tmp_path_factory.mktemp("drawn")
+    for noun in ("dog", "cat"):
+        draw_prior(Storage(str(root)), open_base(str(tiny_base)), FEW, noun, Pool())
+    return root
+
+
+@pytest.fixture
+def drawn(_drawn: Path, storage: Storage) -> Storage:
+    """A storage of a test's own with few dogs and cats."""
+    shutil.copytree(_drawn, storage.uri, dirs_exist_ok=True)
+    return storage
 
 
 def test_a_larger_request_draws_only_what_is_missing_and_equals_one_drawn_at_once(
@@ -88,32 +98,27 @@ def test_the_key_names_what_decides_the_pixels_and_not_how_many(tiny_base: Path,
     assert image_seed(0, 1) != image_seed(1, 0)
 
 
-def test_a_damaged_shard_is_refused(tiny_base: Path, storage: Storage) -> None:
+def test_a_damaged_shard_is_refused(tiny_base: Path, drawn: Storage) -> None:
     base = open_base(str(tiny_base))
-    few = PRIOR.model_copy(update={"num_images": 2})
-    draw_prior(storage, base, few, "dog", Pool())
-    key = prior_key(base, few, "dog")
-    shard = Path(storage.uri) / f"priors/{key}/images-000000-000001.parquet"
+    key = prior_key(base, FEW, "dog")
+    shard = Path(drawn.uri) / f"priors/{key}/images-000000-000001.parquet"
     shard.write_bytes(shard.read_bytes()[:-1] + b"x")
     with pytest.raises(SystemFailure, match="damaged"):
-        list(prior_pngs(storage, key, 2))
+        list(prior_pngs(drawn, key, 2))
     with pytest.raises(SystemFailure, match="damaged") as caught:  # the same error from a worker
-        encode(storage, base, [prior_images(storage, key, 2)], Pool())
+        encode(drawn, base, [prior_images(drawn, key, 2)], Pool())
     assert type(caught.value) is SystemFailure and caught.value.do
 
 
 @pytest.mark.parametrize("shards_per_reader", [64, 1], ids=["read by the actor", "read by tasks"])
 def test_a_damaged_shard_refuses_its_set_and_the_other_sets_go_on(
-    tiny_base: Path, storage: Storage, monkeypatch: pytest.MonkeyPatch, shards_per_reader: int
+    tiny_base: Path, drawn: Storage, monkeypatch: pytest.MonkeyPatch, shards_per_reader: int
 ) -> None:
     monkeypatch.setattr("training.stream.SHARDS_PER_READER", shards_per_reader)
     base = open_base(str(tiny_base))
-    few = PRIOR.model_copy(update={"num_images": 2})
-    for noun in ("dog", "cat"):
-        draw_prior(storage, base, few, noun, Pool())
-    dogs, cats = (prior_images(storage, prior_key(base, few, noun), 2) for noun in ("dog", "cat"))
+    dogs, cats = (prior_images(drawn, prior_key(base, FEW, noun), 2) for noun in ("dog", "cat"))
     gone = replace(dogs, key="gone", shards={"a": Shard("priors/none/a.parquet", "0" * 64, 2)})
-    Path(storage.uri, next(iter(dogs.shards.values())).path).write_bytes(b"x")
+    Path(drawn.uri, next(iter(dogs.shards.values())).path).write_bytes(b"x")
     errors: dict[int, str] = {}
     sets, images = [dogs, cats, gone, cats], []
     done: list[int] = []
@@ -121,11 +126,11 @@ def test_a_damaged_shard_refuses_its_set_and_the_other_sets_go_on(
     def refuse(number: int, error: Exception) -> None:
         errors[number] = f"{type(error).__name__} {error}"
 
-    encode(storage, base, sets, Pool(), lambda: images.append(1), done.append, refuse)
+    encode(drawn, base, sets, Pool(), lambda: images.append(1), done.append, refuse)
     assert (done, len(images), sorted(errors)) == ([1, 3], 2, [0, 2])
     assert "SystemFailure" in errors[0] and "damaged" in errors[0] and "missing" in errors[2]
     done.clear()
-    encode(storage, base, [cats], Pool(), on_set=done.append)  # told at once
+    encode(drawn, base, [cats], Pool(), on_set=done.append)  # told at once
     assert done == [0]
 
 
@@ -173,12 +178,11 @@ def test_latents_are_the_vaes_own_for_every_variant_and_are_encoded_once(
     assert missing_shards(storage, base, changed) == ["photos.parquet"]
 
 
-def test_a_run_that_wants_fewer_class_images_uses_the_first(tiny_base: Path, storage: Storage) -> None:
-    base, key = open_base(str(tiny_base)), prior_key(open_base(str(tiny_base)), PRIOR, "dog")
-    draw_prior(storage, base, PRIOR, "dog", Pool())
-    images = prior_images(storage, key, 6)
-    encode(storage, base, [images], Pool())
-    every = np.concatenate([block["mean"] for block in fetch(latent_refs(storage, base, images))])
-    some = np.concatenate([block["mean"] for block in fetch(latent_refs(storage, base, images, limit=4))])
-    assert len(every) == 6
-    assert np.array_equal(some, every[:4])
+def test_a_run_that_wants_fewer_class_images_uses_the_first(tiny_base: Path, drawn: Storage) -> None:
+    base = open_base(str(tiny_base))
+    images = prior_images(drawn, prior_key(base, FEW, "dog"), 2)
+    encode(drawn, base, [images], Pool())
+    every = np.concatenate([block["mean"] for block in fetch(latent_refs(drawn, base, images))])
+    some = np.concatenate([block["mean"] for block in fetch(latent_refs(drawn, base, images, limit=1))])
+    assert len(every) == 2
+    assert np.array_equal(some, every[:1])

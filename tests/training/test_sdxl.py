@@ -13,7 +13,6 @@ import torch
 from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
-from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import nn
 
@@ -53,21 +52,6 @@ def stock(folder: Path) -> Any:
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-def stock_images(pipe: Any, seeds: tuple[int, ...], **call: Any) -> NDArray[np.uint8]:
-    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-    images: NDArray[np.float32] = pipe(
-        [PROMPT] * len(seeds), generator=generators, output_type="np", **call
-    ).images
-    return (images * 255).round().astype(np.uint8)
-
-
-def assert_same_picture(ours: Any, theirs: NDArray[np.uint8]) -> None:
-    """At most 1/255 apart, and at most one value in a hundred: sums are taken in another order."""
-    apart = np.abs(np.stack(ours).astype(int) - theirs.astype(int))
-    assert apart.max() <= 1 and (apart > 0).mean() <= 0.01
-    assert theirs.std() > 5  # a picture, not a flat field
 
 
 def told_nothing_otherwise(folder: Path, out: Path) -> Path:
@@ -120,7 +104,13 @@ def test_prompts_become_what_stock_diffusers_makes_of_them(tiny_sdxl: Path) -> N
     [(5.0, "", True), (5.0, "snow", True), (1.0, "", True), (5.0, "", False)],
 )
 def test_the_pristine_base_draws_what_stock_diffusers_draws(
-    guidance: float, negative: str, zeros: bool, tiny_sdxl: Path, tmp_path: Path
+    guidance: float,
+    negative: str,
+    zeros: bool,
+    tiny_sdxl: Path,
+    tmp_path: Path,
+    stock_images: Callable[..., Any],
+    assert_same_picture: Callable[..., None],
 ) -> None:
     folder = tiny_sdxl if zeros else told_nothing_otherwise(tiny_sdxl, tmp_path / "base")
     drawer = Drawer(open_base(str(folder)), device="cpu")
@@ -128,15 +118,19 @@ def test_the_pristine_base_draws_what_stock_diffusers_draws(
     call: dict[str, Any] = {"num_inference_steps": 6, "guidance_scale": guidance}
     if negative:
         call["negative_prompt"] = [negative] * 2
-    assert_same_picture(ours, stock_images(stock(folder), (7, 8), **call))
+    assert_same_picture(ours, stock_images(stock(folder), PROMPT, (7, 8), **call))
 
 
-def test_the_size_of_an_image_is_told(tiny_sdxl: Path) -> None:
+def test_the_size_of_an_image_is_told(
+    tiny_sdxl: Path,
+    stock_images: Callable[..., Any],
+    assert_same_picture: Callable[..., None],
+) -> None:
     asked = DrawRequest(PROMPT, 7, steps=4, guidance=5.0, height=24, width=16)
     ours = Drawer(open_base(str(tiny_sdxl)), device="cpu").draw([asked])
     call: dict[str, Any] = {"num_inference_steps": 4, "guidance_scale": 5.0, "height": 24, "width": 16}
-    assert_same_picture(ours, stock_images(stock(tiny_sdxl), (7,), **call))
-    other = stock_images(stock(tiny_sdxl), (7,), **call, original_size=(16, 16))
+    assert_same_picture(ours, stock_images(stock(tiny_sdxl), PROMPT, (7,), **call))
+    other = stock_images(stock(tiny_sdxl), PROMPT, (7,), **call, original_size=(16, 16))
     assert np.abs(other.astype(int) - np.stack(ours).astype(int)).max() > 1
 
 
@@ -295,6 +289,23 @@ def artifact_bytes(storage: Storage, name: str) -> dict[str, bytes]:
         return {file.relative_to(artifact.folder).as_posix(): file.read_bytes() for file in files}
 
 
+@pytest.mark.slow
+def test_two_workers_that_shard_a_lora_have_the_losses_of_one(
+    make_sdxl_job: Callable[..., Lease], alone: Callable[..., Any], pair: Any, storage: Storage
+) -> None:
+    train = {**TRAIN, "pairs_per_step": 3, "text_encoder": {"train": True, "lr": 1e-3}}
+    watched = {"every": 2, "samples": 3, "prompts": []}
+    one = alone(make_sdxl_job("one", train=train, validate=watched))
+    two, _ = pair(make_sdxl_job("two", train=train, validate=watched, engine={"zero_stage": 2}))
+    assert two["metrics"] == pytest.approx(one["metrics"], abs=1e-5) and "validation_loss" in one["metrics"]
+    assert two["events"][0] == ("started", {**two["events"][0][1], "workers": 2, "zero_stage": 2})
+    with open_artifact(storage, "one", "v1") as mine, open_artifact(storage, "two", "v1") as other:
+        by_one, by_two = (load_file(artifact.folder / FILE) for artifact in (mine, other))
+    assert by_one.keys() == by_two.keys() and any(key.startswith("text_encoder_2.") for key in by_one)
+    for key, value in by_one.items():
+        assert torch.allclose(by_two[key], value, atol=1e-4), key
+
+
 def test_a_bank_trains_what_a_run_alone_trains(
     make_sdxl_job: Callable[..., Lease], alone: Callable[..., Any], resident: ResidentBase, storage: Storage
 ) -> None:
@@ -353,7 +364,11 @@ def write_artifact(base: BaseInfo, run: Run, folder: Path) -> None:
 
 @pytest.mark.parametrize("train_text", [False, True])
 def test_stock_diffusers_draws_our_image_with_a_lora_artifact(
-    train_text: bool, tiny_sdxl: Path, tmp_path: Path
+    train_text: bool,
+    tiny_sdxl: Path,
+    tmp_path: Path,
+    stock_images: Callable[..., Any],
+    assert_same_picture: Callable[..., None],
 ) -> None:
     base, lora = open_base(str(tiny_sdxl)), {"rank": 4, "alpha": 2.0}
     run = run_of(tiny_sdxl, method="lora", lora=lora, text_encoder={"train": train_text})
@@ -363,18 +378,25 @@ def test_stock_diffusers_draws_our_image_with_a_lora_artifact(
     asked = DrawRequest(PROMPT, 7, steps=6, guidance=5.0)
     ours = Drawer(base, tmp_path, device="cpu").draw([asked])
     pipe = stock(tiny_sdxl)
-    before = stock_images(pipe, (7,), num_inference_steps=6, guidance_scale=5.0)
+    before = stock_images(pipe, PROMPT, (7,), num_inference_steps=6, guidance_scale=5.0)
     pipe.load_lora_weights(tmp_path)
-    assert_same_picture(ours, stock_images(pipe, (7,), num_inference_steps=6, guidance_scale=5.0))
+    assert_same_picture(ours, stock_images(pipe, PROMPT, (7,), num_inference_steps=6, guidance_scale=5.0))
     assert np.abs(ours[0].astype(int) - before[0].astype(int)).mean() > 5  # the adapter is at work
 
 
-def test_stock_diffusers_draws_our_image_with_a_full_artifact(tiny_sdxl: Path, tmp_path: Path) -> None:
+def test_stock_diffusers_draws_our_image_with_a_full_artifact(
+    tiny_sdxl: Path,
+    tmp_path: Path,
+    stock_images: Callable[..., Any],
+    assert_same_picture: Callable[..., None],
+) -> None:
     base = open_base(str(tiny_sdxl))
     write_artifact(base, run_of(tiny_sdxl, method="full"), tmp_path)
     asked = DrawRequest(PROMPT, 7, steps=6, guidance=5.0)
     ours = Drawer(base, tmp_path, device="cpu").draw([asked])
-    assert_same_picture(ours, stock_images(stock(tmp_path), (7,), num_inference_steps=6, guidance_scale=5.0))
+    assert_same_picture(
+        ours, stock_images(stock(tmp_path), PROMPT, (7,), num_inference_steps=6, guidance_scale=5.0)
+    )
     before = Drawer(base, device="cpu").draw([asked])
     assert np.abs(ours[0].astype(int) - before[0].astype(int)).mean() > 5
 

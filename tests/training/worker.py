@@ -14,7 +14,6 @@ from cluster.errors import RayboothError
 from training import lease as lease_module
 from training.lease import Lease
 from training.loop import ResidentBase, train_run
-from training.pipeline import open_base
 from training.wish import Dropped, Wish
 
 
@@ -39,17 +38,20 @@ def train(lease: Lease, base: ResidentBase, rank: int, wishes: dict[int, Wish]) 
 
 
 def main() -> None:
-    """`worker.py RANK WORLD STORE ADDRESS BASE`: be a rank until killed."""
-    rank, world, store, address, folder = int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:]
+    """`worker.py RANK WORLD STORE ADDRESS`: be a rank until killed."""
+    rank, world, store, address = int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:]
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(store, world), rank=rank, world_size=world)
     lease_module.fetch = list  # type: ignore[attr-defined]
-    base = ResidentBase.load(folder, open_base(folder).revision, torch.device("cpu"))
+    bases: dict[str, ResidentBase] = {}
     with Client(address) as connection:
         connection.send(rank)
         while True:
             lease, wishes = connection.recv()
-            connection.send(train(lease, base, rank, wishes))
+            if lease.base_model not in bases:
+                cpu = torch.device("cpu")
+                bases[lease.base_model] = ResidentBase.load(lease.base_model, lease.base_revision, cpu)
+            connection.send(train(lease, bases[lease.base_model], rank, wishes))
 
 
 if __name__ == "__main__":

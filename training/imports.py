@@ -1,0 +1,111 @@
+"""This file is where the libraries of models are imported: late, and without what costs seconds and is not used.
+
+A driver needs no model, and a process that draws or trains spends more on importing them than on a small base's work.
+"""
+
+import importlib.metadata
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any, cast
+from unittest.mock import patch
+
+from training.basekind import T5
+
+_forgone: set[str] = set()
+# Whose package a module is of: transformers and diffusers both read all that is installed for it, 0.3 CPU s each.
+_distributions = cache(importlib.metadata.packages_distributions)
+# Which diffusers imports where it is installed: it tells of kernels that it has not, for layers that we have not.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+def forgo(only_vae: bool = False) -> None:
+    """Have this process import models without the packages that serve parts of their libraries which nobody calls.
+
+    For processes that are ours alone, before they import models: nobody else could use those parts either.
+
+    Args:
+        only_vae: Of models it will load a VAE and no other.
+    """
+    # scipy is for schedulers that are not ours and for losses of detectors, peft for loaders that are not ours (our
+    # adapters import it themselves): 1 CPU s together. A VAE reads no text: 1 more.
+    _forgone.update({"scipy", "peft"}, {"transformers"} if only_vae else ())
+
+
+@contextmanager
+def without(*packages: str) -> Iterator[None]:
+    """What is imported within finds these packages not installed, unless they were imported before.
+
+    Other threads do not find them either while this lasts.
+    """
+    hidden = [name for name in packages if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(hidden, cast(Any, None)))
+    try:
+        with patch.object(importlib.metadata, "packages_distributions", _distributions):
+            yield
+    finally:
+        for name in hidden:
+            sys.modules.pop(name, None)
+
+
+def vae_class() -> Any:
+    """diffusers' `AutoencoderKL`."""
+    with without(*_forgone):
+        from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    return AutoencoderKL
+
+
+def denoiser_class(part: str) -> Any:
+    """diffusers' `UNet2DConditionModel`, or its `SD3Transformer2DModel` for a `transformer`."""
+    with without(*_forgone):
+        if part == "transformer":
+            from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
+
+            return SD3Transformer2DModel
+        from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+    return UNet2DConditionModel
+
+
+def text_class(named: str) -> Any:
+    """A class of transformers' CLIP, or its T5's."""
+    with without(*_forgone):
+        if named == T5:
+            from transformers.models.t5.modeling_t5 import T5EncoderModel
+
+            return T5EncoderModel
+        from transformers.models.clip import modeling_clip
+    return getattr(modeling_clip, named)
+
+
+def auto_class() -> Any:
+    """transformers' `AutoModel`."""
+    with without(*_forgone):
+        from transformers.models.auto.modeling_auto import AutoModel
+    return AutoModel
+
+
+def tokenizer_class(t5: bool = False) -> Any:
+    """transformers' `CLIPTokenizer`, or its `T5Tokenizer`."""
+    with without(*_forgone):
+        if t5:
+            from transformers.models.t5.tokenization_t5 import T5Tokenizer
+
+            return T5Tokenizer
+        from transformers.models.clip.tokenization_clip import CLIPTokenizer
+    return CLIPTokenizer
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bars of the libraries that are imported: a part is read in a moment, and the bars are ours."""
+    logs = (sys.modules.get(f"{library}.utils.logging") for library in ("diffusers", "transformers"))
+    shown: list[Any] = [log for log in logs if log and cast(Any, log).is_progress_bar_enabled()]
+    for log in shown:
+        log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for log in shown:
+            log.enable_progress_bar()
