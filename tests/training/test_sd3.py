@@ -12,7 +12,6 @@ import pytest
 import torch
 from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import StableDiffusion3Pipeline
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
-from numpy.typing import NDArray
 from peft import LoraConfig
 from safetensors.torch import load_file
 from torch import nn
@@ -60,21 +59,6 @@ def stock(folder: Path) -> Any:
 def without(folder: Path) -> dict[str, None]:
     """What is said to stock diffusers of a base that has no T5."""
     return {} if (folder / "text_encoder_3").is_dir() else {"text_encoder_3": None, "tokenizer_3": None}
-
-
-def stock_images(pipe: Any, seeds: tuple[int, ...], **call: Any) -> NDArray[np.uint8]:
-    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-    images: NDArray[np.float32] = pipe(
-        [PROMPT] * len(seeds), generator=generators, output_type="np", **call
-    ).images
-    return (images * 255).round().astype(np.uint8)
-
-
-def assert_same_picture(ours: Any, theirs: NDArray[np.uint8]) -> None:
-    """At most 1/255 apart, and at most one value in a hundred: sums are taken in another order."""
-    apart = np.abs(np.stack(ours).astype(int) - theirs.astype(int))
-    assert apart.max() <= 1 and (apart > 0).mean() <= 0.01
-    assert theirs.std() > 5  # a picture, not a flat field
 
 
 def edited(folder: Path, name: str, **values: Any) -> None:
@@ -145,19 +129,27 @@ def test_text_is_encoded_as_stock_diffusers_encodes_it(sd3: Path) -> None:
 
 @pytest.mark.parametrize(("guidance", "negative"), [(5.0, ""), (5.0, "snow"), (1.0, "")])
 def test_the_pristine_base_draws_what_stock_diffusers_draws(
-    guidance: float, negative: str, sd3: Path
+    guidance: float,
+    negative: str,
+    sd3: Path,
+    stock_images: Callable[..., Any],
+    assert_same_picture: Callable[..., None],
 ) -> None:
     drawer = Drawer(open_base(str(sd3)), device="cpu")
     ours = drawer.draw([DrawRequest(PROMPT, s, negative, steps=6, guidance=guidance) for s in (7, 8)])
     call = {"num_inference_steps": 6, "guidance_scale": guidance, "negative_prompt": [negative] * 2}
-    assert_same_picture(ours, stock_images(stock(sd3), (7, 8), **call))
+    assert_same_picture(ours, stock_images(stock(sd3), PROMPT, (7, 8), **call))
 
 
-def test_other_sizes_are_drawn_up_to_what_the_transformer_sees(tiny_sd3: Path) -> None:
+def test_other_sizes_are_drawn_up_to_what_the_transformer_sees(
+    tiny_sd3: Path,
+    stock_images: Callable[..., Any],
+    assert_same_picture: Callable[..., None],
+) -> None:
     drawer = Drawer(open_base(str(tiny_sd3)), device="cpu")
     ours = drawer.draw([DrawRequest(PROMPT, 7, steps=4, guidance=5.0, height=48, width=16)])
     call = {"num_inference_steps": 4, "guidance_scale": 5.0, "height": 48, "width": 16}
-    assert_same_picture(ours, stock_images(stock(tiny_sd3), (7,), **call))
+    assert_same_picture(ours, stock_images(stock(tiny_sd3), PROMPT, (7,), **call))
     with pytest.raises(UserError, match="at most 48"):
         drawer.draw([DrawRequest(PROMPT, 7, steps=4, height=56)])
     with pytest.raises(UserError, match="the sampler ddim"):
@@ -400,7 +392,11 @@ def write_artifact(base: BaseInfo, run: Run, folder: Path) -> None:
 
 @pytest.mark.parametrize("train_text", [False, True])
 def test_stock_diffusers_draws_our_image_with_a_lora_artifact(
-    train_text: bool, sd3: Path, tmp_path: Path
+    train_text: bool,
+    sd3: Path,
+    tmp_path: Path,
+    stock_images: Callable[..., Any],
+    assert_same_picture: Callable[..., None],
 ) -> None:
     base, lora = open_base(str(sd3)), {"rank": 4, "alpha": 2.0}
     run = run_of(sd3, method="lora", lora=lora, text_encoder={"train": train_text})
@@ -410,18 +406,23 @@ def test_stock_diffusers_draws_our_image_with_a_lora_artifact(
     asked = DrawRequest(PROMPT, 7, steps=6, guidance=5.0)
     ours = Drawer(base, tmp_path, device="cpu").draw([asked])
     pipe = stock(sd3)
-    before = stock_images(pipe, (7,), num_inference_steps=6, guidance_scale=5.0)
+    before = stock_images(pipe, PROMPT, (7,), num_inference_steps=6, guidance_scale=5.0)
     pipe.load_lora_weights(tmp_path)
-    assert_same_picture(ours, stock_images(pipe, (7,), num_inference_steps=6, guidance_scale=5.0))
+    assert_same_picture(ours, stock_images(pipe, PROMPT, (7,), num_inference_steps=6, guidance_scale=5.0))
     assert np.abs(ours[0].astype(int) - before[0].astype(int)).mean() > 5  # the adapter is at work
 
 
-def test_stock_diffusers_draws_our_image_with_a_full_artifact(sd3: Path, tmp_path: Path) -> None:
+def test_stock_diffusers_draws_our_image_with_a_full_artifact(
+    sd3: Path,
+    tmp_path: Path,
+    stock_images: Callable[..., Any],
+    assert_same_picture: Callable[..., None],
+) -> None:
     base = open_base(str(sd3))
     write_artifact(base, run_of(sd3, method="full"), tmp_path)
     asked = DrawRequest(PROMPT, 7, steps=6, guidance=5.0)
     ours = Drawer(base, tmp_path, device="cpu").draw([asked])
-    theirs = stock_images(stock(tmp_path), (7,), num_inference_steps=6, guidance_scale=5.0)
+    theirs = stock_images(stock(tmp_path), PROMPT, (7,), num_inference_steps=6, guidance_scale=5.0)
     assert_same_picture(ours, theirs)
     before = Drawer(base, device="cpu").draw([asked])
     assert np.abs(ours[0].astype(int) - before[0].astype(int)).mean() > 5
