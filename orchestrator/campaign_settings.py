@@ -28,8 +28,8 @@ class Images(Section):
     """Denoising steps."""
     guidance: float | None = Field(default=None, ge=1.0, le=50.0)
     """Guidance scale; 1 is without, `null` takes each run's `validate.guidance`."""
-    sampler: SamplerName = "ddim"
-    """Sampler."""
+    sampler: SamplerName | None = None
+    """Sampler; `null` is each base's own."""
     negative_prompt: str = ""
     """What should not be there."""
 

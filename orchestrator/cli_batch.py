@@ -50,8 +50,12 @@ def batch(
         ),
     ] = None,
     sampler: Annotated[
-        str, typer.Option(help="ddim, ddpm, euler, euler-a, plms, dpm++2m, unipc or lcm.")
-    ] = "ddim",
+        str | None,
+        typer.Option(
+            help="ddim, ddpm, euler, euler-a, plms, dpm++2m, unipc or lcm; by default the base's own.",
+            show_default=False,
+        ),
+    ] = None,
     actors: Annotated[
         int | None,
         typer.Option(

@@ -37,8 +37,12 @@ def generate(
         ),
     ] = None,
     sampler: Annotated[
-        str, typer.Option(help="ddim, ddpm, euler, euler-a, plms, dpm++2m, unipc or lcm.")
-    ] = "ddim",
+        str | None,
+        typer.Option(
+            help="ddim, ddpm, euler, euler-a, plms, dpm++2m, unipc or lcm; by default the base's own.",
+            show_default=False,
+        ),
+    ] = None,
     eta: Annotated[float, typer.Option(min=0.0, max=1.0, help="Noise of DDIM: 0 none, 1 as DDPM.")] = 0.0,
     base: Annotated[
         str, typer.Option("--base", help="Base to draw with when the subject is `base`.")

@@ -212,7 +212,9 @@ def _scored(sitter: Sitter, settings: Settings, gallery: Gallery, entries: Seque
     dino, clip = _embedders(sitter, settings)
     critic = Critic(decoded(sitter.photos), sitter.class_noun, dino, clip)
     scores = critic.score(pictures["subject"], pictures["class"], pictures["base"])
-    told = {**asdict(replace(settings, guidance=sitter.guidance)), "prompts": list(sitter.prompts)}
+    sampler = next((entry.image.sampler for entry in own), settings.sampler)
+    used = replace(settings, guidance=sitter.guidance, sampler=sampler)
+    told = {**asdict(used), "prompts": list(sitter.prompts)}
     embedders = {"dino": dino.name, "clip": clip.name}
     return Evaluation(
         sitter.name,

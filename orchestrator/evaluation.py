@@ -25,7 +25,8 @@ class Settings:
     steps: int = 25
     guidance: float | None = None
     """`None` takes what each subject was validated with."""
-    sampler: str = "ddim"
+    sampler: str | None = None
+    """`None` is each base's own."""
     dino: str | None = None
     """Embedder of pictures; `None` is the paper's, or for the base in the box that in the box."""
     clip: str | None = None

@@ -20,12 +20,12 @@ from training.lora import CHANGED, FILE, LayerFactors, read_lora, write_adapters
 from training.lora_algebra import Extraction, extract, merge
 from training.new_tokens import FILE as TOKENS_FILE
 from training.new_tokens import OF_AUTOMATIC, grow, read_tokens, save_tokens
+from training.noise import trained_scheduler
 from training.objective_settings import Objective
 from training.part_settings import Lora
 from training.pipeline import BaseInfo, load_text_encoder, load_unet, load_vae, open_base, part_settings
 from training.pipeline_files import read_weights, save_pipeline, write_scheduler
 from training.prompt import render_prompt
-from training.schedule import trained_scheduler
 from training.singlefile import original_layers, single_file
 
 Format = Literal["diffusers", "single-file", "kohya", "comfy"]
@@ -86,8 +86,8 @@ def export(
         _check(name, wanted, is_lora, merged, rank)
         whole = (is_lora and (merged or wanted == "single-file")) or (not is_lora and rank is None)
         base = open_base(artifact.manifest["base"]["model"], artifact.manifest["base"]["revision"])
-        if whole:
-            _check_base(base, wanted)
+        if whole or base.kind.flow:
+            _check_base(base, wanted, whole)
         target = _target(out, f"{name}-{found}", folder=wanted == "diffusers")
         tokens = read_tokens(artifact.folder)
         apart = tokens is not None and not (whole and wanted == "diffusers")
@@ -141,7 +141,13 @@ def _check(name: str, wanted: Format, is_lora: bool, merged: bool, rank: int | N
         )
 
 
-def _check_base(base: BaseInfo, wanted: Format) -> None:
+def _check_base(base: BaseInfo, wanted: Format, whole: bool) -> None:
+    if not whole and wanted != "diffusers":
+        raise UserError(
+            f"a LoRA of {base.model} cannot be written in kohya's names",
+            f"it is of the family {base.kind.family}, whose layers have other names there",
+            "use --format diffusers",
+        )
     if base.kind.family not in ("sd", "sdxl") and wanted != "diffusers":
         raise UserError(
             f"{base.model} cannot be written as a single file",

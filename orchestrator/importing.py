@@ -57,7 +57,7 @@ def import_lora(
     info = open_base(base, revision)
     shapes = {
         part: {module_name(info, part, key): s for key, s in weight_shapes(info, part).items()}
-        for part in ("unet", *info.kind.texts)
+        for part in info.kind.trainable
     }
     originals: Mapping[str, str] = {}
     if (
@@ -73,7 +73,11 @@ def import_lora(
             "subject": {"name": name, "class": class_noun, "images": [str(path)], "identifier": identifier},
             "train": {
                 "method": "lora",
-                "lora": {"rank": rank, "alpha": float(rank), "targets": sorted(adapters.get("unet", {}))},
+                "lora": {
+                    "rank": rank,
+                    "alpha": float(rank),
+                    "targets": sorted(adapters.get(info.kind.denoiser, {})),
+                },
                 "text_encoder": {"train": any(part in adapters for part in info.kind.texts)},
             },
         }

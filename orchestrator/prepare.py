@@ -25,12 +25,13 @@ from training.intake import TABLE, Intake, StoredPhotos, read_photos, store_phot
 from training.latents import ImageSet, Shard
 from training.lease import Lease
 from training.masks import latent_masks
+from training.noise import trained_scheduler
 from training.optimizer_settings import refuse_missing
 from training.pipeline import BaseInfo, load_tokenizer, open_base, token_ids, tokenizers, unsaid_ids
 from training.prior import prior_key
 from training.prompt import CLASS_PROMPT, TEMPLATE, render_prompt
 from training.recipe import Run
-from training.schedule import trained_scheduler
+from training.samplers import sampler_table
 from training.shapes import refuse_new_tokens, refuse_untrainable
 
 
@@ -122,8 +123,8 @@ def prepare(run: Run, storage: Storage) -> Prepared:
         storage: The root that takes the photos.
 
     Raises:
-        UserError: A photo, the base, the identifier, a prompt, a LoRA target or the optimizer cannot be used, or no
-            photo would be left to train.
+        UserError: A photo, the base, the identifier, a prompt, a LoRA target, the objective, the sampler or the
+            optimizer cannot be used, or no photo would be left to train.
     """
     base = open_base(run.base.model, run.base.revision)
     tokenizer, noun = load_tokenizer(base), run.subject.class_noun
@@ -141,6 +142,8 @@ def prepare(run: Run, storage: Storage) -> Prepared:
     focus.refuse_missing(run.data.crop)
     tracking.refuse_missing(run.track)
     trained_scheduler(base.scheduler, run.train.objective)
+    if run.prior.draws:
+        sampler_table(run.prior.sampler, run.prior.steps, base.scheduler)
     objective = run.train.objective
     intake = read_photos(run.subject.images, base.image_size, objective.mask)
     _check_holdout(run, intake)
@@ -236,6 +239,12 @@ def _sized(run: Run, base: BaseInfo, intake: Intake) -> Run:
         bucket_of(photo.width, photo.height, base.image_size, step) if run.data.buckets else square
         for photo in intake.photos
     ]
+    if base.longest_side and max(map(max, found)) > base.longest_side:
+        raise UserError(
+            "a photo is too long for the base in its own shape",
+            f"it would be {max(found, key=max)} pixels, and the base sees {base.longest_side} along a side",
+            "set data.buckets: false, or cut the photo",
+        )
     # squares alone are the class images of everybody
     sizes = () if set(found) == {square} else tuple(sorted(set(found)))
     if run.prior.sizes not in ((), sizes):

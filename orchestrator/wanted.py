@@ -29,7 +29,8 @@ class Wanted:
     steps: int = 25
     guidance: float | None = None
     """Guidance scale; 1 is without, `None` takes what each subject was validated with."""
-    sampler: str = "ddim"
+    sampler: str | None = None
+    """`None` is each base's own."""
     negative_prompt: str = ""
 
     @property
@@ -44,7 +45,7 @@ class Wanted:
             UserError: There is no such sampler.
         """
         known = get_args(SamplerName)
-        if self.sampler not in known:
+        if self.sampler is not None and self.sampler not in known:
             raise UserError(f"there is no sampler {self.sampler!r}", "", did_you_mean(self.sampler, known))
 
 
@@ -122,7 +123,7 @@ def _images(
             negative_prompt=wanted.negative_prompt,
             steps=wanted.steps,
             guidance=guidance,
-            sampler=wanted.sampler,
+            sampler=wanted.sampler or base.sampler,
         )
         for prompt, rendered in prompts.items()
         for number in range(wanted.num_images)

@@ -48,7 +48,7 @@ def generate(
     negative_prompt: str = "",
     steps: int = 25,
     guidance: float | None = None,
-    sampler: str = "ddim",
+    sampler: str | None = None,
     eta: float = 0.0,
     out: Path,
     base: str = "pocket",
@@ -70,7 +70,7 @@ def generate(
         negative_prompt: What should not be there.
         steps: Denoising steps.
         guidance: Guidance scale; 1 is without, `None` takes what the subject was validated with.
-        sampler: A `SamplerName`, such as `ddim`.
+        sampler: A `SamplerName`, such as `ddim`; `None` is the base's own.
         eta: Of `ddim`.
         out: Folder that takes the PNGs; files of the same name are replaced.
         base: What `base` is.
@@ -92,7 +92,7 @@ def generate(
                 negative_prompt,
                 steps,
                 scale if guidance is None else guidance,
-                cast(SamplerName, sampler),
+                cast(SamplerName | None, sampler),
                 eta,
             ),
             progress=on_images is not None,

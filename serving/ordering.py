@@ -48,8 +48,8 @@ class ImageInput(Asked):
     """What should not be there."""
     seed: int | None = Field(default=None, ge=0, lt=SEEDS)
     """Of the first image; by default one is picked, and told."""
-    sampler: SamplerName = "ddim"
-    """The sampler."""
+    sampler: SamplerName | None = None
+    """The sampler; by default the base's own: `ddim`, or of a base of flow matching `euler`."""
 
 
 def check(asked: ImageInput, model: Model, settings: ServingSettings, within: str = "") -> None:

@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import boto3
@@ -14,15 +15,20 @@ import pytest
 import ray
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from hypothesis import settings
 from ray._private import auto_init_hook
 from transformers.models.clip.configuration_clip import CLIPTextConfig
 from transformers.models.clip.modeling_clip import CLIPTextModel, CLIPTextModelWithProjection
 from transformers.models.clip.tokenization_clip import CLIPTokenizer
+from transformers.models.t5.configuration_t5 import T5Config
+from transformers.models.t5.modeling_t5 import T5EncoderModel
+from transformers.models.t5.tokenization_t5 import T5Tokenizer
 
 from cluster.storage import Storage
 
@@ -83,15 +89,15 @@ _SCHEDULE = {
 }
 
 
-def _vae() -> AutoencoderKL:
+def _vae(**more: Any) -> AutoencoderKL:
+    settings: dict[str, Any] = {"latent_channels": 4, "scaling_factor": 0.31, **more}
     return AutoencoderKL(
         sample_size=16,
         block_out_channels=(16, 32),
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4,
         norm_num_groups=8,
-        scaling_factor=0.31,
+        **settings,
     )
 
 
@@ -189,6 +195,77 @@ def build_tiny_sdxl(folder: Path) -> Path:
     path = folder / "scheduler" / "scheduler_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **_SCHEDULE, "skip_prk_steps": True}))
     return folder
+
+
+def _t5_tokenizer() -> T5Tokenizer:
+    """A T5's tokenizer with every letter and each of `WORDS` as a piece."""
+    pieces = ["<pad>", "</s>", "<unk>", "\u2581", *"abcdefghijklmnopqrstuvwxyz0123456789,."]
+    pieces += [f"\u2581{word}" for word in WORDS if len(word) > 1]
+    # a piece of several letters is likelier than each of them
+    return T5Tokenizer(vocab=[(piece, -10.0 + len(piece)) for piece in pieces], extra_ids=0)
+
+
+def build_tiny_sd3(folder: Path, t5: bool) -> Path:
+    """Write a random SD3 of 16x16 pixels (latents 16x8x8) in diffusers layout, always the same.
+
+    With T5 its transformer is of SD3's architecture, without it of SD3.5's.
+    """
+    tokenizers, of_t5 = [_tokenizer(), _tokenizer(pad_token=",")], _t5_tokenizer()
+    layers: dict[str, Any] = {"num_layers": 2, "num_heads": 4, "d_model": 64, "d_kv": 8, "d_ff": 64}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        parts: dict[str, Any] = {
+            "transformer": SD3Transformer2DModel(
+                sample_size=8,
+                patch_size=2,
+                in_channels=16,
+                out_channels=16,
+                num_layers=2,
+                attention_head_dim=8,
+                num_attention_heads=4,
+                joint_attention_dim=64,
+                caption_projection_dim=32,
+                pooled_projection_dim=32 + 24,
+                pos_embed_max_size=12,
+                **({} if t5 else {"dual_attention_layers": (0,), "qk_norm": "rms_norm"}),
+            ),
+            "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0),
+            "vae": _vae(
+                latent_channels=16,
+                scaling_factor=1.3,
+                shift_factor=0.4,
+                use_quant_conv=False,
+                use_post_quant_conv=False,
+            ),
+            "text_encoder": CLIPTextModelWithProjection(_text_config(tokenizers[0], width=32)),
+            "tokenizer": tokenizers[0],
+            "text_encoder_2": CLIPTextModelWithProjection(_text_config(tokenizers[1], width=24, layers=3)),
+            "tokenizer_2": tokenizers[1],
+        }
+        if t5:
+            parts["text_encoder_3"] = T5EncoderModel(T5Config(vocab_size=len(of_t5), **layers))
+            parts["tokenizer_3"] = of_t5
+    # not by the pipeline, whose import every process of the tests would pay for
+    index: dict[str, Any] = {"_class_name": "StableDiffusion3Pipeline"}
+    for absent in ("feature_extractor", "image_encoder", "text_encoder_3", "tokenizer_3"):
+        index[absent] = [None, None]
+    for name, part in parts.items():
+        part.save_pretrained(folder / name)
+        index[name] = [type(part).__module__.partition(".")[0], type(part).__name__]
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_sd3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random SD3 with all three text encoders."""
+    return build_tiny_sd3(tmp_path_factory.mktemp("tiny") / "tiny-sd3", t5=True)
+
+
+@pytest.fixture(scope="session")
+def tiny_sd3_without_t5(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random SD3.5 with its CLIPs alone."""
+    return build_tiny_sd3(tmp_path_factory.mktemp("tiny") / "tiny-sd3-clips", t5=False)
 
 
 @pytest.fixture(scope="session")

@@ -18,10 +18,10 @@ from cluster.storage import Storage, sha256
 from training.lora import save_changed, save_lora
 from training.new_tokens import FILE as TOKENS_FILE
 from training.new_tokens import learned, save_tokens
+from training.noise import trained_scheduler
 from training.pipeline import BaseInfo
 from training.pipeline_files import save_pipeline, write_scheduler
 from training.recipe import Run
-from training.schedule import trained_scheduler
 
 KIND = "raybooth-artifact"
 FORMAT = 1

@@ -21,9 +21,9 @@ from training.criterion import Criterion
 from training.dataplan import Role
 from training.engine import compute_type
 from training.loop import ResidentBase
+from training.noise import noise_process, trained_scheduler
 from training.objective import PairBatch
 from training.recipe import Run
-from training.schedule import NoiseSchedule, trained_scheduler
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Bank(nn.Module):
         self._text_encoder, self._slots = base.text_encoder, slots
         self._autocast = compute_type(run.engine, device)
         objective = run.train.objective
-        self._schedule = NoiseSchedule.from_config(trained_scheduler(base.info.scheduler, objective))
+        self._schedule = noise_process(trained_scheduler(base.info.scheduler, objective))
         self._criterion = Criterion(objective, self._schedule)
         self.unet, _ = base.fresh(share=True)
         linear = {name: part for name, part in self.unet.named_modules() if isinstance(part, nn.Linear)}
@@ -62,7 +62,7 @@ class Bank(nn.Module):
                 "a bank adapts linear layers alone", f"{odd[0]} is none", "set schedule.bank to 1"
             )
         sizes = {name: (linear[name].in_features, linear[name].out_features) for name in adapted}
-        self.adapters = Adapters(sizes, lora.rank, slots, device)
+        self.adapters = Adapters(sizes, lora.rank, slots, device, base.info.kind.denoiser)
         self._scales = torch.zeros(slots, 1, 1, device=device)
         self._replace(linear)
         if device.type == "cpu":
@@ -106,7 +106,7 @@ class Bank(nn.Module):
         kind = noisy.device.type
         with nullcontext() if self._autocast is None else torch.autocast(kind, self._autocast):
             told = self._told[slot, prompt].of_sizes(batch.sizes)
-            prediction = predict(self.unet, noisy, batch.timesteps, told)
+            prediction = predict(self.unet, noisy, self._schedule.asked(batch.timesteps), told)
         target = self._schedule.target(batch.latents, batch.noise, batch.timesteps)
         weighted = (self._criterion.row_losses(prediction, target, batch.timesteps) * batch.weight).view(
             self._slots, -1

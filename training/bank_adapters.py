@@ -17,7 +17,7 @@ from training.lora import fresh_a, parameter_name
 CHUNK = (
     1024  # numbers summed at once in a norm: sums of sums lose no digits; rows are filled up to whole chunks
 )
-_UNET = "unet."
+_UNET = "unet."  # before the names of parameters, as in the module that trains a run alone
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,18 @@ class Adapters:
         rank: Of all.
         slots: K.
         device: Where they are.
+        part: Of the base, that the layers are in.
     """
 
     def __init__(
-        self, sizes: Mapping[str, tuple[int, int]], rank: int, slots: int, device: torch.device
+        self,
+        sizes: Mapping[str, tuple[int, int]],
+        rank: int,
+        slots: int,
+        device: torch.device,
+        part: str = "unet",
     ) -> None:
+        self.part = part
         self.layers: list[Layer] = []
         end = 0
         for name, (d_in, d_out) in sizes.items():
@@ -72,7 +79,7 @@ class Adapters:
         self.clear(slot)
         for layer in self.layers:
             a, _ = layer.parts(self.values[slot])
-            a.copy_(fresh_a(seed, _UNET + layer.name, a.shape))
+            a.copy_(fresh_a(seed, f"{self.part}.{layer.name}", a.shape))
 
     def clear(self, slot: int) -> None:
         """Make a slot's adapters, gradients and moments zeros."""

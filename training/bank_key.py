@@ -5,13 +5,19 @@ import json
 from cluster.storage import Storage, sha256
 from training.objective_settings import Objective
 from training.optimizer_settings import Optimizer
-from training.part_settings import ATTENTION
+from training.part_settings import ATTENTION, OF_TEXT
 from training.recipe import Run
 
-# Ends of the names of a Stable Diffusion UNet's layers that are linear in every base: a bank adapts no others
+# Ends of the names of a denoiser's layers that are linear in every base: a bank adapts no others
 LINEAR = tuple(
-    f".{name}" for name in (*ATTENTION, "ff.net.0.proj", "ff.net.2", "time_emb_proj", "linear_1", "linear_2")
+    f".{name}"
+    for name in (
+        *(*ATTENTION, *OF_TEXT),
+        *("ff.net.0.proj", "ff.net.2", "time_emb_proj", "linear_1", "linear_2"),
+    )
 )
+_MULTIRES = {"multires_noise_iterations", "multires_noise_discount"}
+_DENSITY = {"timesteps", "logit_mean", "logit_std"}
 
 
 def bankable(run: Run, world: int) -> str | None:
@@ -58,8 +64,8 @@ def bank_key(run: Run, base_revision: str) -> str | None:
     ]
     if train.objective != Objective():  # the keys of all others are what they were
         # a setting that came later changes no key where it is at its default
-        later = {"multires_noise_iterations", "multires_noise_discount"}
-        off = later if train.objective.multires_noise_iterations == 0 else set()
+        off = set() if train.objective.multires_noise_iterations else _MULTIRES
+        off |= set() if train.objective.timesteps != "auto" else _DENSITY
         parts.append(train.objective.model_dump(exclude=off))
     return sha256(json.dumps(parts).encode())[:16]
 

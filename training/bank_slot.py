@@ -62,8 +62,9 @@ class SlotServices(Services):
         return loss
 
     def _write_weights(self, folder: Path) -> None:
-        adapters = self.engine.module.adapters.weights(self.engine.slot)
-        write_adapters({"unet": adapters}, folder, self.run.train.lora)
+        adapters = self.engine.module.adapters
+        weights = {adapters.part: adapters.weights(self.engine.slot)}
+        write_adapters(weights, folder, self.run.train.lora)
 
 
 @dataclass

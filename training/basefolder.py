@@ -16,7 +16,7 @@ from training.basekind import FOLDERS, BaseKind
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _PLAIN = ("*.json", "*.txt", "*.safetensors")
-_VARIANTS = ["*.fp16.safetensors", "*.non_ema.safetensors"]
+_VARIANTS = ["*.fp16.safetensors", "*.fp16-*.safetensors", "*.non_ema.safetensors"]
 
 
 def locate(model: str, revision: str | None, shipped: Path | None = None) -> tuple[Path, str]:

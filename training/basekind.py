@@ -1,16 +1,20 @@
-"""This file is where it is told what bases of one kind have in common: their parts, and what their UNet is told.
+"""This file is where it is told what bases of one kind have in common: their parts, and what their denoiser is told.
 
-Everything that differs between Stable Diffusion 1.x/2.x and SDXL follows from the fields of a kind; what differs
-between two bases of one kind is read from their JSON (`training/pipeline.py`).
+Everything that differs between Stable Diffusion 1.x/2.x, SDXL and SD3 follows from the fields of a kind; what differs
+between two bases of one kind is read from their JSON (`training/pipeline.py`). The denoiser is the model that predicts
+what is to be taken from noisy latents: a UNet, or SD3's transformer. Where code says `unet` it stands for either.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from cluster.errors import UserError
 
-CLIP, CLIP_PROJECTED = "CLIPTextModel", "CLIPTextModelWithProjection"
+CLIP, CLIP_PROJECTED, T5 = "CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel"
+DENOISERS = {"UNet2DConditionModel": "unet", "SD3Transformer2DModel": "transformer"}
+"""The part that a denoiser is, by its class."""
+FLOW_MATCH = "FlowMatchEulerDiscreteScheduler"
 _NONE = [None, None]
 _NO_IMAGE = {"feature_extractor": _NONE, "image_encoder": _NONE}
 
@@ -25,6 +29,12 @@ class BaseKind:
     """Whose defaults apply (`training/defaults.py`)."""
     encoders: tuple[tuple[str, str], ...]
     """Text encoders in the order in which they read a prompt: the part, and the class that its config.json names."""
+    denoiser: str = "unet"
+    """The part that is one of `DENOISERS`."""
+    flow: bool = False
+    """Whether its noise process is a rectified flow (`training/flow.py`), not one of diffusion."""
+    optional: tuple[str, ...] = ()
+    """Text encoders that a base may lack."""
     addition: str | None = None
     """`addition_embed_type` of the UNet: `text_time` is told pooled text and sizes beside the hidden states."""
     scheduler: Mapping[str, Any] = field(default_factory=dict, hash=False)
@@ -36,7 +46,10 @@ class BaseKind:
     def parts(self) -> dict[str, tuple[str, str]]:
         """Per part: the class that must be named in its config.json, and the name of its weights."""
         return {
-            "unet": ("UNet2DConditionModel", "diffusion_pytorch_model"),
+            self.denoiser: (
+                next(named for named, part in DENOISERS.items() if part == self.denoiser),
+                "diffusion_pytorch_model",
+            ),
             "vae": ("AutoencoderKL", "diffusion_pytorch_model"),
             **{part: (named, "model") for part, named in self.encoders},
         }
@@ -45,6 +58,11 @@ class BaseKind:
     def texts(self) -> tuple[str, ...]:
         """The parts that are text encoders."""
         return tuple(part for part, _ in self.encoders)
+
+    @property
+    def trainable(self) -> tuple[str, ...]:
+        """The parts that may be trained: the denoiser and every CLIP. A T5 stays as it is, as in diffusers' scripts."""
+        return (self.denoiser, *(part for part, named in self.encoders if named != T5))
 
     @property
     def tokenizers(self) -> tuple[str, ...]:
@@ -73,6 +91,15 @@ KINDS = (
         addition="text_time",
         index=_NO_IMAGE,
     ),
+    BaseKind(
+        "StableDiffusion3Pipeline",
+        "sd3",
+        (("text_encoder", CLIP_PROJECTED), ("text_encoder_2", CLIP_PROJECTED), ("text_encoder_3", T5)),
+        denoiser="transformer",
+        flow=True,
+        optional=("text_encoder_3",),
+        index=_NO_IMAGE,
+    ),
 )
 FOLDERS = tuple(
     dict.fromkeys(name for kind in KINDS for name in (*kind.parts, *kind.tokenizers, "scheduler"))
@@ -81,7 +108,7 @@ FOLDERS = tuple(
 
 
 def kind_of(index: Mapping[str, Any], model: str) -> BaseKind:
-    """The kind of the base `model`, by its model_index.json.
+    """The kind of the base `model`, by its model_index.json; without what it may lack and lacks.
 
     Raises:
         UserError: It is of none of them.
@@ -89,18 +116,44 @@ def kind_of(index: Mapping[str, Any], model: str) -> BaseKind:
     named = index.get("_class_name")
     for kind in KINDS:
         if named == kind.pipeline:
-            return kind
+            lacking = [part for part in kind.optional if not any(index.get(part) or ())]
+            there = tuple(one for one in kind.encoders if one[0] not in lacking)
+            return replace(kind, encoders=there) if lacking else kind
     raise UserError(
-        f"the base {model} is neither a Stable Diffusion 1.x/2.x nor an SDXL",
+        f"the base {model} is neither a Stable Diffusion 1.x/2.x nor an SDXL nor an SD3",
         f"its model_index.json names {named}",
         f"name a base whose pipeline is {' or '.join(kind.pipeline for kind in KINDS)}",
     )
 
 
+def is_clip(tokenizer: Any) -> bool:
+    """Whether a tokenizer is a CLIP's; T5's, the other one, knows pieces of words."""
+    return type(tokenizer).__name__.startswith("CLIP")
+
+
+def check_scheduler(scheduler: Mapping[str, Any], kind: BaseKind, model: str) -> None:
+    """Refuse a scheduler of diffusion for a base of flow matching, and the other way round.
+
+    Args:
+        scheduler: Its config.
+        kind: Of the base.
+        model: The base, for people.
+
+    Raises:
+        UserError: It is so.
+    """
+    if kind.flow != (scheduler.get("_class_name") == FLOW_MATCH):
+        raise UserError(
+            f"the scheduler of the base {model} is of an unknown kind",
+            f"it is {scheduler.get('_class_name')}, and the base is a {kind.pipeline}",
+            f"use a base with a {FLOW_MATCH}" if kind.flow else "use a base with a scheduler of diffusion",
+        )
+
+
 def check_widths(
     unet: Mapping[str, Any], texts: Sequence[Mapping[str, Any]], kind: BaseKind, model: str
 ) -> None:
-    """Refuse a UNet that is told something else than the text encoders of its base say: a refiner's, say.
+    """Refuse a denoiser that is told something else than the text encoders of its base say: a refiner's, say.
 
     Args:
         unet: Its config.
@@ -111,6 +164,8 @@ def check_widths(
     Raises:
         UserError: It is so.
     """
+    if kind.flow:
+        _check_joint(unet, texts, model)
     if not kind.sized:
         return
     says = [
@@ -123,4 +178,19 @@ def check_widths(
             f"the unet of the base {model} does not fit its text encoders",
             f"it takes {takes[0]} values of a token and {takes[1]} of a picture, they make {says[0]} and {says[1]}",
             "use a base of SDXL that draws from text alone, and no refiner",
+        )
+
+
+def _check_joint(transformer: Mapping[str, Any], texts: Sequence[Mapping[str, Any]], model: str) -> None:
+    """Likewise of SD3's: CLIPs side by side, filled up to T5's width, and what both pool."""
+    clips, others = texts[:2], texts[2:]
+    width, pooled = int(transformer["joint_attention_dim"]), int(transformer["pooled_projection_dim"])
+    beside = sum(int(text["hidden_size"]) for text in clips)
+    projected = sum(int(text["projection_dim"]) for text in clips)
+    if beside > width or projected != pooled or any(int(text["d_model"]) != width for text in others):
+        wide = "".join(f" and {text['d_model']}" for text in others)
+        raise UserError(
+            f"the transformer of the base {model} does not fit its text encoders",
+            f"it takes {width} values of a token and {pooled} of a prompt, they make {beside}{wide} and {projected}",
+            "use a base of SD3 as it was published",
         )

@@ -17,10 +17,10 @@ from training.buckets import Rows
 from training.conditioning import whole_frame
 from training.dataplan import DataPlan, PlanRow, Role
 from training.lease import LatentTable, Lease, latent_table
+from training.noise import NoiseProcess, noise_process
 from training.objective import PairBatch
 from training.objective_settings import Objective
 from training.pipeline import BaseInfo
-from training.schedule import NoiseSchedule
 
 PLAIN = Objective()
 
@@ -49,6 +49,7 @@ class Batches:
     """[N, h, w], of the rows of the subject's table, sizes as theirs."""
     sizes: Sequence[NDArray[np.float32]] | None = None
     """float32 [n, 6] of the rows of each table, of a base that is told sizes."""
+    shift_factor: float = 0.0
 
     @classmethod
     def of(cls, lease: Lease, base: BaseInfo, device: torch.device, rank: int, world: int) -> "Batches":
@@ -68,16 +69,18 @@ class Batches:
             # the class's rows are the subject's, with another prompt
             of_class = LatentTable(*(part[: len(subject) - held_out] for part in (subject.mean, subject.std)))
         numbers = _size_numbers(subject, of_class)
+        process = noise_process(base.scheduler)
         plan = DataPlan(
             seed=run.train.seed,
             subject_rows=len(subject) - held_out,
             class_rows=len(of_class) if of_class else 0,
             pairs_per_step=run.train.pairs_per_step,
-            num_timesteps=NoiseSchedule.from_config(base.scheduler).num_timesteps,
+            num_timesteps=process.num_timesteps,
             prior_weight=run.prior.weight,
             subject_sizes=numbers[0],
             class_sizes=numbers[1],
             held_out=held_out,
+            logit_normal=_density(run.train.objective, process),
         )
         pairs = plan.pairs_per_rank(world)
         if run.train.accumulation > pairs:
@@ -103,6 +106,7 @@ class Batches:
             len(run.train.templates),
             lease.masks,
             sizes,
+            base.shift_factor,
         )
 
     def of_step(self, step: int) -> Iterator[PairBatch]:
@@ -192,9 +196,16 @@ class Batches:
         table = self.tables[row.role]
         assert table is not None  # the plan has class rows only when there is a class table
         mean, std = table.mean[row.table_row], table.std[row.table_row]
-        return (mean + std * self.plan.posterior_noise(row.sample_index, mean.shape)) * np.float32(
-            self.scaling_factor
-        )
+        drawn = mean + std * self.plan.posterior_noise(row.sample_index, mean.shape)
+        if self.shift_factor:
+            drawn = drawn - np.float32(self.shift_factor)
+        return drawn * np.float32(self.scaling_factor)
+
+
+def _density(objective: Objective, process: NoiseProcess) -> tuple[float, float] | None:
+    """`DataPlan.logit_normal` of an objective."""
+    wanted = process.density if objective.timesteps == "auto" else objective.timesteps
+    return (objective.logit_mean, objective.logit_std) if wanted == "logit_normal" else None
 
 
 def _sizes(

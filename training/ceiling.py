@@ -25,21 +25,23 @@ def memory_ceiling(base: BaseInfo, run: Run, device: str) -> int:
     parameters = 1.1 * sum(
         math.prod(shape) for shapes in parts.values() for shape in shapes.values()
     )  # and biases
-    rows, pixels = 2 * run.train.pairs_per_step, base.latent_size**2
+    rows, unet = 2 * run.train.pairs_per_step, parts[base.kind.denoiser]
+    # the transformer of SD3 sees text and latents in one sequence
+    places = base.latent_size**2 + (base.text_tokens if base.kind.flow else 0)
     kept = (
         rows
         * OUTPUTS
         * (
-            pixels * sum(shape[0] for shape in parts["unet"].values())
-            + base.token_limit * sum(shape[0] for part in base.kind.texts for shape in parts[part].values())
+            places * sum(shape[0] for shape in unet.values())
+            + base.text_tokens * sum(shape[0] for part in base.kind.texts for shape in parts[part].values())
         )
     )
     scores = (
         rows
         * OUTPUTS
         * sum(
-            shape[0] / HEAD * pixels * max(pixels, base.token_limit)
-            for name, shape in parts["unet"].items()
+            shape[0] / HEAD * places * max(places, base.text_tokens)
+            for name, shape in unet.items()
             if name.endswith("to_q.weight")
         )
     )

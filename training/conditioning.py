@@ -1,8 +1,9 @@
-"""This file is where a base's conditioning is: what a UNet is told beside the latents, row by row.
+"""This file is where a base's conditioning is: what a denoiser is told beside the latents, row by row.
 
 A prompt becomes token ids (those of each tokenizer, one after the other), and those become a `Conditioning`. Stable
 Diffusion 1.x/2.x is told the hidden states of one text encoder. SDXL is told those of two, side by side, a pooled
-embedding of the second, and sizes (arXiv 2307.01952, section 2.2).
+embedding of the second, and sizes (arXiv 2307.01952, section 2.2). SD3 is told those of two CLIPs, side by side, and
+those of a T5 after them, and what both CLIPs pool (arXiv 2403.03206, section 4).
 
 B rows, L tokens of a tokenizer, D text width, P pooled width.
 """
@@ -14,13 +15,15 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from training.basekind import DENOISERS
+
 SILENT = -1
 """The id that fills the row of a prompt that is not said at all: zeros instead of what the empty prompt becomes."""
 
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What the UNet is told of each row."""
+    """What the denoiser is told of each row."""
 
     text: torch.Tensor
     """[B, L, D], hidden states."""
@@ -66,9 +69,14 @@ class Conditioning:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """What diffusers' `UNet2DConditionModel` takes beside latents and timesteps."""
+        """What diffusers' models take beside latents and timesteps.
+
+        Of the two that are told pooled text the `SD3Transformer2DModel` is the one that is told no sizes.
+        """
         told: dict[str, Any] = {"encoder_hidden_states": self.text}
-        if self.pooled is not None:
+        if self.pooled is not None and self.sizes is None:
+            told["pooled_projections"] = self.pooled
+        elif self.pooled is not None:
             told["added_cond_kwargs"] = {"text_embeds": self.pooled, "time_ids": self.sizes}
         return told
 
@@ -85,6 +93,11 @@ class TwinEncoder(nn.Module):
         super().__init__()
         self.text_encoder, self.text_encoder_2 = text_encoder, text_encoder_2
 
+    @property
+    def clips(self) -> dict[str, nn.Module]:
+        """The encoders that may be trained, by their parts, in the order in which they read a prompt."""
+        return {"text_encoder": self.text_encoder, "text_encoder_2": self.text_encoder_2}
+
     def forward(self, ids: torch.Tensor) -> Conditioning:
         """What prompts become: the last hidden states but one of both, and the pooled embedding of the second.
 
@@ -97,15 +110,72 @@ class TwinEncoder(nn.Module):
         silent = ids[:, :1] == SILENT
         first, second = (
             model(half, output_hidden_states=True)
-            for model, half in zip(self.children(), ids.clamp(min=0).chunk(2, dim=1), strict=True)
+            for model, half in zip(self.clips.values(), ids.clamp(min=0).chunk(2, dim=1), strict=True)
         )
         text = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
         return Conditioning(text.masked_fill(silent[:, :, None], 0), second[0].masked_fill(silent, 0))
 
     def activation_checkpointing_enable(self) -> None:
         """As that of transformers' models."""
-        for model in self.children():
+        for model in self.clips.values():
             cast(Any, model).activation_checkpointing_enable()
+
+
+class JointEncoder(TwinEncoder):
+    """The text encoders of SD3 as one module. Its T5 is never trained.
+
+    Args:
+        text_encoder: A `CLIPTextModelWithProjection`.
+        text_encoder_2: Another one.
+        text_encoder_3: A `T5EncoderModel`; `None` reads nothing, and its hidden states are zeros.
+        clip_tokens: Tokens of a prompt in each CLIP.
+        t5_tokens: Tokens of a prompt in a T5.
+        width: That of T5, to which the CLIPs' hidden states are filled up with zeros.
+    """
+
+    def __init__(
+        self,
+        text_encoder: nn.Module,
+        text_encoder_2: nn.Module,
+        text_encoder_3: nn.Module | None,
+        clip_tokens: int,
+        t5_tokens: int,
+        width: int,
+    ) -> None:
+        super().__init__(text_encoder, text_encoder_2)
+        self.text_encoder_3 = text_encoder_3
+        self._clip_tokens, self._t5_tokens, self._width = clip_tokens, t5_tokens, width
+
+    def train(self, mode: bool = True) -> "JointEncoder":
+        """As of every module; T5 stays in eval mode, as it would drop values out."""
+        super().train(mode)
+        if self.text_encoder_3 is not None:
+            self.text_encoder_3.eval()
+        return self
+
+    def forward(self, ids: torch.Tensor) -> Conditioning:
+        """What prompts become: the last hidden states but one of the CLIPs, T5's last ones, and what the CLIPs pool.
+
+        Args:
+            ids: [B, 2 L] int64 of the CLIPs' tokenizers, and T5's after them if it is there.
+
+        Source:
+            `encode_prompt` of diffusers' `StableDiffusion3Pipeline`.
+        """
+        one, two, rest = ids.tensor_split((self._clip_tokens, 2 * self._clip_tokens), dim=1)
+        first, second = (
+            model(part, output_hidden_states=True)
+            for model, part in zip(self.clips.values(), (one, two), strict=True)
+        )
+        clips = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
+        clips = nn.functional.pad(clips, (0, self._width - clips.shape[-1]))
+        if self.text_encoder_3 is None:
+            read = clips.new_zeros(len(ids), self._t5_tokens, self._width)
+        else:
+            with torch.no_grad():
+                read = self.text_encoder_3(rest)[0]
+        pooled = torch.cat([first[0], second[0]], dim=-1)
+        return Conditioning(torch.cat([clips, read.to(clips.dtype)], dim=1), pooled)
 
 
 def encode_text(text_encoder: nn.Module, ids: torch.Tensor) -> Conditioning:
@@ -122,35 +192,41 @@ def encode_text(text_encoder: nn.Module, ids: torch.Tensor) -> Conditioning:
 def predict(
     unet: nn.Module, latents: torch.Tensor, timesteps: torch.Tensor, told: Conditioning
 ) -> torch.Tensor:
-    """The UNet's output [B, C, H, W] for noisy latents.
+    """The denoiser's output [B, C, H, W] for noisy latents.
 
     Args:
         unet: Of `load_unet`.
         latents: [B, C, H, W], scaled.
-        timesteps: [B] int64.
+        timesteps: [B], what the noise process asks it by.
         told: Of B rows.
     """
-    return cast(torch.Tensor, unet(latents, timesteps, return_dict=False, **told.arguments)[0])
+    return cast(torch.Tensor, unet(latents, timestep=timesteps, return_dict=False, **told.arguments)[0])
 
 
 def text_parts(text_encoder: nn.Module) -> dict[str, nn.Module]:
-    """The models of a base's text encoder by the names of their parts."""
-    if isinstance(text_encoder, TwinEncoder):
-        return dict(text_encoder.named_children())
-    return {"text_encoder": text_encoder}
+    """The models of a base's text encoder that may be trained, by the names of their parts."""
+    return text_encoder.clips if isinstance(text_encoder, TwinEncoder) else {"text_encoder": text_encoder}
 
 
 def leave_unread(text_encoder: nn.Module) -> None:
-    """Have what nobody reads of a base's text encoder require no gradient: it would get none, and has no moments."""
-    if isinstance(text_encoder, TwinEncoder):
+    """Have what nobody reads or trains of a base's text encoder require no gradient: it would get none."""
+    if isinstance(text_encoder, JointEncoder):
+        if text_encoder.text_encoder_3 is not None:
+            text_encoder.text_encoder_3.requires_grad_(False)
+    elif isinstance(text_encoder, TwinEncoder):
         first = cast(Any, text_encoder.text_encoder)
         for part in (first.encoder.layers[-1], first.final_layer_norm):
             part.requires_grad_(False)
 
 
 def trained_parts(unet: nn.Module, text_encoder: nn.Module) -> dict[str, nn.Module]:
-    """The models of a base that can be trained by the names of their parts."""
-    return {"unet": unet, **text_parts(text_encoder)}
+    """The models of a base that can be trained by the names of their parts; the denoiser is the first."""
+    return {denoiser_part(unet): unet, **text_parts(text_encoder)}
+
+
+def denoiser_part(unet: nn.Module) -> str:
+    """The part of a base that a denoiser is."""
+    return DENOISERS[type(unet).__name__]
 
 
 def whole_frame(height: int, width: int) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ import math
 import torch
 from torch import nn
 
+from training.noise import NoiseProcess
 from training.objective_settings import Objective
 from training.schedule import NoiseSchedule
 
@@ -24,7 +25,7 @@ class Criterion:
         schedule: Of the base, as it is trained.
     """
 
-    def __init__(self, objective: Objective, schedule: NoiseSchedule) -> None:
+    def __init__(self, objective: Objective, schedule: NoiseProcess) -> None:
         self._loss = objective.loss
         self._outside, self.mask_prior = objective.mask_outside, objective.mask_prior
         self._weights = snr_weights(objective, schedule)
@@ -86,7 +87,7 @@ def _mean_where(errors: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return (errors * weight).sum(dim=(1, 2, 3)) / area.clamp(min=1e-6)
 
 
-def snr_weights(objective: Objective, schedule: NoiseSchedule) -> torch.Tensor | None:
+def snr_weights(objective: Objective, schedule: NoiseProcess) -> torch.Tensor | None:
     """What the loss of a row at each timestep is multiplied with, float32 [T]; `None` is 1.
 
     Source:
@@ -95,6 +96,7 @@ def snr_weights(objective: Objective, schedule: NoiseSchedule) -> torch.Tensor |
     """
     if objective.weighting == "none":
         return None
+    assert isinstance(schedule, NoiseSchedule)  # a run of a flow is refused weights
     # without any signal left, the limit of what follows for a base that predicts velocity, and finite for the other
     snr = schedule.snr.double().clamp(min=1e-8)
     own = {
@@ -105,7 +107,7 @@ def snr_weights(objective: Objective, schedule: NoiseSchedule) -> torch.Tensor |
     return (own / (snr if schedule.prediction_type == "epsilon" else snr + 1)).float()
 
 
-def huber_widths(objective: Objective, schedule: NoiseSchedule) -> torch.Tensor | None:
+def huber_widths(objective: Objective, schedule: NoiseProcess) -> torch.Tensor | None:
     """Up to about which difference Huber's losses are quadratic at each timestep, float32 [T]; `None` for others.
 
     Source:
@@ -119,6 +121,4 @@ def huber_widths(objective: Objective, schedule: NoiseSchedule) -> torch.Tensor 
         return torch.full((count,), least)
     if objective.huber_schedule == "exponential":
         return torch.exp(torch.arange(count) * (math.log(least) / count))
-    alphas = schedule.alphas_cumprod
-    sigma = ((1 - alphas) / alphas.clamp(min=2.0**-24)).sqrt()
-    return (1 - least) / (1 + sigma) ** 2 + least
+    return (1 - least) / (1 + schedule.noise_levels) ** 2 + least

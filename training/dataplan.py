@@ -7,6 +7,7 @@ n rows of a latent table, P pairs per step, g global index of a pair: g = step *
 sample 2g (subject) and sample 2g + 1 (class).
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum
@@ -118,6 +119,8 @@ class DataPlan:
     """Of each row of the class's table likewise; every size of the subject is among them."""
     held_out: int = 0
     """Rows of the subject's latent table after those: the validation has them. 0 has it use the trained ones."""
+    logit_normal: tuple[float, float] | None = None
+    """Mean and standard deviation of the logit of a timestep's place in the schedule; `None` has all alike."""
 
     @property
     def roles(self) -> tuple[Role, ...]:
@@ -156,8 +159,17 @@ class DataPlan:
                 table_row=row,
                 sample_index=sample,
                 weight=share if real else 0.0,
-                timestep=int(_generator(self.seed, _Stream.TIMESTEP, sample).integers(self.num_timesteps)),
+                timestep=self._timestep(sample),
             )
+
+    def _timestep(self, sample_index: int) -> int:
+        """Source of the logit-normal density: Stable Diffusion 3 (arXiv 2403.03206) eq. 19."""
+        generator = _generator(self.seed, _Stream.TIMESTEP, sample_index)
+        if self.logit_normal is None:
+            return int(generator.integers(self.num_timesteps))
+        mean, std = self.logit_normal
+        place = 1 / (1 + math.exp(-(mean + std * generator.standard_normal())))
+        return min(int(place * self.num_timesteps), self.num_timesteps - 1)
 
     def _row_of_size(self, role: Role, step: int, place: int) -> int:
         """The table row of a place of a step: the pairs of the steps of a size go through its rows, round by round."""

@@ -8,9 +8,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from training.basekind import KINDS
-from training.part_settings import ATTENTION
+from training.part_settings import ATTENTION, OF_TEXT
 from training.recipe import Method
 from training.section import merge
+
+# 28 steps and guidance 7 are what diffusers' pipeline of SD3 takes, and its script adapts these layers
+_SD3: Mapping[str, Any] = {
+    "prior": {"sampler": "euler", "steps": 28, "guidance": 7.0},
+    "engine": {"gradient_checkpointing": True},
+    "validate": {"steps": 28, "guidance": 7.0},
+}
 
 DEFAULTS: Mapping[tuple[str, Method], Mapping[str, Any]] = {
     ("sd", "lora"): {},
@@ -29,6 +36,11 @@ DEFAULTS: Mapping[tuple[str, Method], Mapping[str, Any]] = {
         "engine": {"gradient_checkpointing": True},
         "validate": {"guidance": 5.0},
     },
+    ("sd3", "lora"): {
+        **_SD3,
+        "train": {"lora": {"targets": [f"attn.{name}" for name in (*ATTENTION, *OF_TEXT)]}},
+    },
+    ("sd3", "full"): {**_SD3, "train": {"lr": 2e-6}},
     ("pocket", "lora"): {
         "prior": {"num_images": 32, "steps": 25, "guidance": 4.0},
         "train": {
@@ -60,11 +72,12 @@ OF_OPTIMIZER: Mapping[str, Mapping[str, Any]] = {
 }
 
 
+_NAMED_3 = re.compile(r"SD3(?![0-9])|(?:^|[^a-zA-Z])(?:sd|stable[-_]diffusion)[-_]?v?3(?![0-9])")
 _NAMED_XL = re.compile(r"XL(?![a-z])|(?:^|[^a-zA-Z])(?:sd)?xl(?![a-zA-Z])|[a-z]xl(?=[-_]v?\d)")
 
 
 def base_family(model: str, revision: str | None = None) -> str:
-    """The family whose defaults apply to a base: `pocket`, `sd` for any Stable Diffusion 1.x/2.x, or `sdxl`.
+    """The family whose defaults apply to a base: `pocket`, `sd` for any Stable Diffusion 1.x/2.x, `sdxl`, or `sd3`.
 
     It is that of the base's model_index.json; a base that is not here (yet) is of what its name says.
     """
@@ -74,7 +87,7 @@ def base_family(model: str, revision: str | None = None) -> str:
 
     index = glance(model, revision)
     if index is None:
-        return "sdxl" if _NAMED_XL.search(model) else "sd"
+        return "sd3" if _NAMED_3.search(model) else "sdxl" if _NAMED_XL.search(model) else "sd"
     return next((kind.family for kind in KINDS if kind.pipeline == index.get("_class_name")), "sd")
 
 

@@ -40,8 +40,8 @@ class SamplerTable:
 
     timesteps: Floats
     """[n], where the model is asked; those of `euler` may lie between two of the base's."""
-    alphas: Floats
-    """[n]: `alphas_cumprod` there."""
+    levels: Floats
+    """[n]: what the noise process wants of them to make x0 of the model's output: `alphas_cumprod`, or s of a flow."""
     coefficients: Floats
     """[n, 1 + K, 3 + K]: the matrix of each step; rows x and kept, columns x, x0, kept and noise."""
     stochastic: bool

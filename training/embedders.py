@@ -19,7 +19,7 @@ from cluster.errors import UserError
 from cluster.storage import sha256_file
 from training.basefolder import locate_model
 from training.defaults import base_family
-from training.imports import auto_class, clip_class, quiet, tokenizer_class
+from training.imports import auto_class, quiet, text_class, tokenizer_class
 from training.pipeline import shipped
 from training.png import Pixels
 from training.scores import Vectors
@@ -180,7 +180,7 @@ def _kind(folder: Path, model: str) -> str:
 def _load(folder: Path, kind: str) -> tuple[Any, Any]:
     loading = {"use_safetensors": True, "local_files_only": True, "dtype": torch.float32}
     if kind == "clip":
-        model, tokenizer = clip_class("CLIPModel"), tokenizer_class()
+        model, tokenizer = text_class("CLIPModel"), tokenizer_class()
         with quiet():
             read = tokenizer.from_pretrained(folder, local_files_only=True)
             return model.from_pretrained(folder, **loading).eval(), read

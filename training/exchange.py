@@ -1,7 +1,8 @@
 """This file is where LoRAs take the form in which other programs write and read them: kohya's names, diffusers' names.
 
-Parts are `unet`, `text_encoder` and SDXL's `text_encoder_2`, layers the names of their modules; the names of a file are
-found among those of the base, so that nothing is guessed. d_in and d_out are the width of a layer, r a rank.
+Parts are `unet` (of SD3 `transformer`), `text_encoder` and `text_encoder_2`, layers the names of their modules; the
+names of a file are found among those of the base, so that nothing is guessed. d_in and d_out are the width of a layer,
+r a rank.
 """
 
 import json
@@ -16,7 +17,6 @@ from training.lora import LayerFactors
 
 Adapters = Mapping[str, Mapping[str, LayerFactors]]
 """By part and layer."""
-_UNET = "lora_unet_"
 _TEXT = "text_model."  # which a text encoder's layers have before them in files
 _FACTOR = re.compile(
     r"\.(lora_A|lora_B|lora_down|lora_up|lora\.down|lora\.up|alpha)(?:\.default)?(?:\.weight)?$"
@@ -30,10 +30,12 @@ _OTHER_KINDS = {
 }
 
 
-def _prefixes(texts: Sequence[str]) -> dict[str, str]:
+def _prefixes(texts: Sequence[str], denoiser: str = "unet") -> dict[str, str]:
     """What kohya's names begin with, by part: text encoders have a number where there are several."""
     numbers = range(1, len(texts) + 1) if len(texts) > 1 else ("",)
-    return {"unet": _UNET} | {part: f"lora_te{number}_" for part, number in zip(texts, numbers, strict=True)}
+    return {denoiser: f"lora_{denoiser}_"} | {
+        part: f"lora_te{number}_" for part, number in zip(texts, numbers, strict=True)
+    }
 
 
 def to_kohya(
@@ -91,14 +93,15 @@ def from_exchange(
     Args:
         tensors: Of the file.
         metadata: Of the file; diffusers keeps alphas there.
-        shapes: By part and layer of the base, the shape of the weight.
+        shapes: By part and layer of the base, the denoiser first, the shape of the weight.
         file: Its name, for people.
         originals: What the UNet's layers may be called besides, by their names in the base.
 
     Raises:
         UserError: It is no LoRA, or it does not fit the base.
     """
-    prefixes = _prefixes([part for part in shapes if part != "unet"])
+    denoiser, *texts = shapes
+    prefixes = _prefixes(texts, denoiser)
     names = {part: _names(part, prefixes[part], layers) for part, layers in shapes.items()}
     if originals:
         names["unet"] |= {

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cluster.errors import UserError
+from training.basekind import is_clip
 
 MAX_TOKENS = 4  # more share the subject among embeddings that all mean something already
 
@@ -84,7 +85,7 @@ def _of_all(tokenizers: tuple[Any, ...], wanted: str, class_noun: str) -> Choice
     first, *others = tokenizers
     choice = choose_identifier(first, wanted, class_noun)
     told = list(choice.warnings)
-    for other in others:
+    for other in filter(is_clip, others):  # a T5 reads pieces of whatever word
         if other.get_vocab() != first.get_vocab():
             told += choose_identifier(other, choice.identifier, class_noun).warnings
     return Choice(choice.identifier, choice.token_ids, list(dict.fromkeys(told)))

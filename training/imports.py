@@ -13,6 +13,8 @@ from functools import cache
 from typing import Any, cast
 from unittest.mock import patch
 
+from training.basekind import T5
+
 _forgone: set[str] = set()
 # Whose package a module is of: transformers and diffusers both read all that is installed for it, 0.3 CPU s each.
 _distributions = cache(importlib.metadata.packages_distributions)
@@ -61,16 +63,24 @@ def vae_class() -> Any:
     return AutoencoderKL
 
 
-def unet_class() -> Any:
-    """diffusers' `UNet2DConditionModel`."""
+def denoiser_class(part: str) -> Any:
+    """diffusers' `UNet2DConditionModel`, or its `SD3Transformer2DModel` for a `transformer`."""
     with without(*_forgone):
+        if part == "transformer":
+            from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
+
+            return SD3Transformer2DModel
         from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
     return UNet2DConditionModel
 
 
-def clip_class(named: str) -> Any:
-    """A class of transformers' CLIP."""
+def text_class(named: str) -> Any:
+    """A class of transformers' CLIP, or its T5's."""
     with without(*_forgone):
+        if named == T5:
+            from transformers.models.t5.modeling_t5 import T5EncoderModel
+
+            return T5EncoderModel
         from transformers.models.clip import modeling_clip
     return getattr(modeling_clip, named)
 
@@ -82,9 +92,13 @@ def auto_class() -> Any:
     return AutoModel
 
 
-def tokenizer_class() -> Any:
-    """transformers' `CLIPTokenizer`."""
+def tokenizer_class(t5: bool = False) -> Any:
+    """transformers' `CLIPTokenizer`, or its `T5Tokenizer`."""
     with without(*_forgone):
+        if t5:
+            from transformers.models.t5.tokenization_t5 import T5Tokenizer
+
+            return T5Tokenizer
         from transformers.models.clip.tokenization_clip import CLIPTokenizer
     return CLIPTokenizer
 

@@ -108,8 +108,9 @@ class Jury:
         table, data = latent_table(self._lease.subject_latents), self._lease.recipe.data
         assert table is not None
         firsts = range(0, len(table) - data.holdout * data.images_per_photo, data.images_per_photo)
-        scale, device = self._base.scaling_factor, self._batches.device
+        device = self._batches.device
         with torch.no_grad():
             return [
-                self.decoder.pixels(torch.from_numpy(table.mean[row]).to(device) * scale) for row in firsts
+                self.decoder.pixels(self._base.scaled(torch.from_numpy(table.mean[row]).to(device)))
+                for row in firsts
             ]

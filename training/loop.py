@@ -24,10 +24,10 @@ from training.lease import Lease
 from training.lora import attach
 from training.module import DreamBoothModule
 from training.new_tokens import grow, started
+from training.noise import noise_process, trained_scheduler
 from training.patience import Patience
 from training.pipeline import BaseInfo, load_text_encoder, load_unet, open_base
 from training.recipe import Run
-from training.schedule import NoiseSchedule, trained_scheduler
 from training.services import Services
 from training.teacher import Teacher
 from training.wish import Dropped, Wish, Wishes, no_wish
@@ -156,7 +156,7 @@ def build_module(base: ResidentBase, run: Run, lease: Lease, stage: int) -> Drea
         unet.to(base.device),
         text_encoder.to(base.device),
         prompts,
-        NoiseSchedule.from_config(trained_scheduler(base.info.scheduler, train.objective)),
+        noise_process(trained_scheduler(base.info.scheduler, train.objective)),
         run.prior.weight,
         compute_type(run.engine, base.device),
         train.objective,

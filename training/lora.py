@@ -18,7 +18,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from cluster.errors import SystemFailure, UserError
-from training.conditioning import text_parts, trained_parts
+from training.basekind import DENOISERS
+from training.conditioning import denoiser_part, text_parts, trained_parts
 from training.part_settings import Lora
 
 ADAPTER = "default"
@@ -47,7 +48,7 @@ def attach(unet: nn.Module, text_encoder: nn.Module, lora: Lora, train_text: boo
     """
     unet.requires_grad_(False)
     text_encoder.requires_grad_(False)
-    _attach(unet, "unet", lora.targets, "train.lora.targets", lora, seed)
+    _attach(unet, denoiser_part(unet), lora.targets, "train.lora.targets", lora, seed)
     if train_text:
         for part, model in text_parts(text_encoder).items():
             _attach(model, part, lora.text_targets, "train.lora.text_targets", lora, seed)
@@ -93,7 +94,7 @@ def save_changed(unet: nn.Module, text_encoder: nn.Module | None, folder: Path) 
 def write_adapters(
     adapters: Mapping[str, Mapping[str, Mapping[str, torch.Tensor]]], folder: Path, lora: Lora
 ) -> None:
-    """Write adapters as `save_lora`: by part (`unet`, `text_encoder`), layer and factor (`A`, `B`, DoRA's `M`)."""
+    """Write adapters as `save_lora`: by part (such as `unet`), layer and factor (`A`, `B`, DoRA's `M`)."""
     tensors: dict[str, torch.Tensor] = {}
     metadata: dict[str, Any] = {}
     for prefix, layers in adapters.items():
@@ -146,7 +147,7 @@ class LayerFactors:
 
 
 def read_lora(folder: Path) -> dict[str, dict[str, LayerFactors]]:
-    """The adapters that `save_lora` wrote: by part (`unet`, `text_encoder`, SDXL's `text_encoder_2`) and layer.
+    """The adapters that `save_lora` wrote: by part (`unet`, `transformer`, `text_encoder`, `text_encoder_2`) and layer.
 
     Raises:
         SystemFailure: The file is not one of ours.
@@ -156,7 +157,7 @@ def read_lora(folder: Path) -> dict[str, dict[str, LayerFactors]]:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is no mapping)
     found: dict[str, dict[str, LayerFactors]] = {}
     parts = (key.removesuffix(".r") for key in metadata if key.endswith(".r"))
-    for prefix in sorted(parts, key=lambda part: (part != "unet", part)):
+    for prefix in sorted(parts, key=lambda part: (part not in DENOISERS.values(), part)):
         scale = metadata[f"{prefix}.lora_alpha"] / metadata[f"{prefix}.r"]
         names = sorted(n for n in tensors if n.startswith(f"{prefix}.") and n.endswith(".lora_A.weight"))
         layers = [name.removeprefix(f"{prefix}.").removesuffix(".lora_A.weight") for name in names]
@@ -179,7 +180,7 @@ def read_lora(folder: Path) -> dict[str, dict[str, LayerFactors]]:
 
 
 def _parts(unet: nn.Module, text_encoder: nn.Module | None) -> dict[str, nn.Module]:
-    return {"unet": unet} if text_encoder is None else trained_parts(unet, text_encoder)
+    return {denoiser_part(unet): unet} if text_encoder is None else trained_parts(unet, text_encoder)
 
 
 def _attach(

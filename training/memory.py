@@ -19,11 +19,11 @@ from torch.utils._pytree import tree_leaves
 
 from training.engine import LARGEST_BUCKET, zero_stage
 from training.module import DreamBoothModule
+from training.noise import noise_process
 from training.objective import PairBatch
 from training.optimizer_settings import state_bytes
 from training.pipeline import BaseInfo, decode_latents, empty_vae
 from training.recipe import Run
-from training.schedule import NoiseSchedule
 from training.shapes import count, trained_shapes
 
 FP32 = 4  # bytes; parameters, gradients and moments are fp32 whatever the compute type
@@ -182,7 +182,7 @@ def _live_in_step(
     pairs = -(-train.pairs_per_step // world)
     rows = -(-pairs // train.accumulation) * (2 if run.prior.weight > 0 else 1)
     lower = engine.precision == "bf16" or (engine.precision == "auto" and device == "cuda")
-    schedule = NoiseSchedule.from_config(base.scheduler)
+    schedule = noise_process(base.scheduler)
     with FakeTensorMode(allow_non_fake_inputs=True):
         unet, text_encoder = (part.to_empty(device="cpu") for part in shapes)
         prompts = torch.empty(2, base.prompt_ids, dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""This file is where UNet and text encoder become one module whose forward pass is the loss.
+"""This file is where denoiser and text encoder become one module whose forward pass is the loss.
 
 One module, because DeepSpeed takes one model, and because ZeRO-3 gathers weights in hooks of the forward pass.
 
@@ -16,16 +16,16 @@ from training.conditioning import Conditioning, encode_text, predict
 from training.criterion import Criterion
 from training.dataplan import Role
 from training.new_tokens import learned
+from training.noise import NoiseProcess
 from training.objective import PairBatch, dreambooth_loss
 from training.objective_settings import Objective
-from training.schedule import NoiseSchedule
 from training.teacher import Teacher
 
 UNET, TEXT_ENCODER, NEW_TOKENS = "unet", "text_encoder", "new_tokens"
 
 
 class DreamBoothModule(nn.Module):
-    """UNet and text encoder, trained on pairs.
+    """Denoiser and text encoder, trained on pairs.
 
     Text is encoded once per prompt and not once per row, and only once in a run when nothing in the text encoder is
     trained: then the encoder is not part of the module, which saves its memory too.
@@ -34,7 +34,7 @@ class DreamBoothModule(nn.Module):
         unet: Predicts; some of its parameters require a gradient.
         text_encoder: Encodes prompts; trained when any of its parameters requires a gradient.
         prompts: The token ids that rows may carry, int64 [K, L].
-        schedule: Noise schedule and prediction type of the base.
+        schedule: Noise process of the base.
         prior_weight: Weight of the class term.
         autocast: Compute type of the forward pass; `None` is fp32. Parameters stay fp32.
         objective: Loss and weighting.
@@ -47,7 +47,7 @@ class DreamBoothModule(nn.Module):
         unet: nn.Module,
         text_encoder: nn.Module,
         prompts: torch.Tensor,
-        schedule: NoiseSchedule,
+        schedule: NoiseProcess,
         prior_weight: float,
         autocast: torch.dtype | None = None,
         objective: Objective = Objective(),
@@ -99,7 +99,8 @@ class DreamBoothModule(nn.Module):
             # each row looks up its own prompt, so neither the order of rows nor of roles can misalign them
             row = (batch.token_ids[:, None] == self.prompts).all(dim=2).int().argmax(dim=1)
             target, taught = self._targets(batch, noisy, row)
-            prediction = predict(self.unet, noisy, batch.timesteps, told[row].of_sizes(batch.sizes))
+            asked = self.schedule.asked(batch.timesteps)
+            prediction = predict(self.unet, noisy, asked, told[row].of_sizes(batch.sizes))
         losses = self.criterion.row_losses(prediction, target, batch.timesteps, batch.mask, taught)
         return dreambooth_loss(losses, batch.weight, batch.role, self.prior_weight)
 
@@ -120,7 +121,8 @@ class DreamBoothModule(nn.Module):
         of_class = batch.role == Role.CLASS
         asked = of_class if not self.criterion.mask_prior else torch.ones_like(of_class)
         sizes = None if batch.sizes is None else batch.sizes[asked]
-        said = self.teacher(noisy[asked], batch.timesteps[asked], prompt[asked], sizes)
+        timesteps = self.schedule.asked(batch.timesteps[asked])
+        said = self.teacher(noisy[asked], timesteps, prompt[asked], sizes)
         taught = torch.zeros_like(target).masked_scatter(asked.reshape(-1, 1, 1, 1), said)
         if self.teaches_class:
             target = torch.where(of_class.reshape(-1, 1, 1, 1), taught, target)

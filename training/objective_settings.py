@@ -33,6 +33,13 @@ class Objective(Section):
     zero_terminal_snr: bool = False
     """Stretch the base's noise process so that its last timestep leaves no signal; drawing does the same. For bases
     that predict velocity."""
+    timesteps: Literal["auto", "uniform", "logit_normal"] = "auto"
+    """How often each timestep is trained: all alike, or those in the middle the most. `auto` is `logit_normal` for a
+    base of flow matching, else `uniform`."""
+    logit_mean: float = Field(default=0.0, ge=-5, le=5)
+    """Of `logit_normal`: where the middle is; above 0 there is more noise than image in it."""
+    logit_std: float = Field(default=1.0, gt=0, le=5)
+    """Of `logit_normal`: how wide it is."""
     caption_dropout: float = Field(default=0.0, ge=0, lt=1)
     """Share of rows that are trained with the empty prompt, which keeps guidance sharp; 0 is off."""
     mask: Literal["none", "alpha", "files"] = "none"
@@ -51,6 +58,8 @@ class Objective(Section):
             "p2_gamma": ("weighting", self.weighting == "p2"),
             "huber_c": ("loss", self.loss in ("huber", "smooth_l1")),
             "huber_schedule": ("loss", self.loss in ("huber", "smooth_l1")),
+            "logit_mean": ("timesteps", self.timesteps == "logit_normal"),
+            "logit_std": ("timesteps", self.timesteps == "logit_normal"),
             "multires_noise_discount": ("multires_noise_iterations", self.multires_noise_iterations > 0),
         }
         for name, (owner, used) in owners.items():

@@ -19,14 +19,14 @@ from training.lora import CHANGED, LayerFactors, read_lora
 from training.lora import FILE as LORA_FILE
 from training.lora_algebra import merged
 from training.new_tokens import NewTokens, embedding_names, read_tokens
+from training.noise import trained_scheduler
 from training.objective_settings import Objective
 from training.pipeline import BaseInfo
 from training.pipeline_files import read_weights
 from training.row_linear import Adapter, Factors
-from training.schedule import trained_scheduler
 
 Models = Mapping[str, nn.Module]
-"""By part: `unet`, `text_encoder` and what else there is, for the kinds and shapes of their layers."""
+"""By part, the denoiser first, then text encoders, for the kinds and shapes of their layers."""
 Weights = Mapping[str, torch.Tensor]
 """Parameters by `PART.NAME`."""
 
@@ -92,7 +92,8 @@ def read_outfit(
     if (folder / CHANGED).is_file():
         whole = {**{name: value.cpu() for name, value in pristine.items()}, **load_file(folder / CHANGED)}
     else:
-        whole = read_weights(folder)
+        fixed = {f"{part}.{name}" for part, model in models.items() for name, _ in model.named_buffers()}
+        whole = {name: value for name, value in read_weights(folder).items() if name not in fixed}
     misfits = [
         name
         for name in sorted(whole.keys() | pristine.keys())
@@ -129,7 +130,7 @@ def _of_lora(models: Models, pristine: Weights, folder: Path) -> Outfit:
             else:
                 weight = f"{part}.{name}.weight"
                 weights[weight] = merged(pristine[weight].cpu(), factors)
-    unet = adapters.pop("unet")
+    unet = adapters.pop(next(iter(models)))
     return Outfit(unet, {part: adapter for part, adapter in adapters.items() if adapter}, weights)
 
 

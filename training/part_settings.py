@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from training.section import Section
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # the ends of the names of a UNet's attention layers
+OF_TEXT = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")  # those of SD3's that see the text
 
 
 class TextEncoder(Section):
@@ -51,7 +52,7 @@ class Lora(Section):
     alpha: float = Field(default=8.0, gt=0)
     """Scale: the update is alpha / rank * B A."""
     targets: tuple[str, ...] = ATTENTION
-    """UNet modules that get an adapter, by the end of their name."""
+    """Modules of the UNet (of SD3: of the transformer) that get an adapter, by the end of their name."""
     dora: bool = False
     """DoRA: the length of each row of a weight is trained apart from its direction, which the factors change."""
     text_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "out_proj")

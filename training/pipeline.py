@@ -18,15 +18,17 @@ from torch import nn
 
 from cluster.errors import UserError
 from training.basefolder import locate, part_config, read_json
-from training.basekind import BaseKind, check_widths, kind_of
-from training.conditioning import SILENT, TwinEncoder
-from training.imports import clip_class, quiet, tokenizer_class, unet_class, vae_class
-from training.schedule import NoiseSchedule
+from training.basekind import T5, BaseKind, check_scheduler, check_widths, is_clip, kind_of
+from training.conditioning import SILENT, JointEncoder, TwinEncoder
+from training.imports import denoiser_class, quiet, text_class, tokenizer_class, vae_class
+from training.noise import noise_process
+from training.recipe import SamplerName
 
 if TYPE_CHECKING:
     from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
 _BOX = "pocket"  # the one base that ships with raybooth
+T5_TOKENS = 256  # that diffusers' pipeline of SD3 has its T5 read, padding included
 _LOADING: dict[str, Any] = {"use_safetensors": True, "local_files_only": True, "torch_dtype": torch.float32}
 
 
@@ -42,9 +44,9 @@ class BaseInfo:
     revision: str
     """Commit of a hub id; for a folder a hash of 16 hex digits over the files that are used."""
     prediction_type: str
-    """`epsilon` or `v_prediction`, from the scheduler's config."""
+    """`epsilon` or `v_prediction`, from the scheduler's config; `flow` of a base of flow matching."""
     scaling_factor: float
-    """What VAE latents are multiplied with before the UNet sees them."""
+    """What VAE latents are multiplied with before the denoiser sees them."""
     latent_channels: int
     """Channels of a latent."""
     vae_factor: int
@@ -52,21 +54,39 @@ class BaseInfo:
     image_size: int
     """Pixels along a side of the image that the base was made for."""
     token_limit: int
-    """Tokens of a prompt in one tokenizer, start and end included."""
+    """Tokens of a prompt in a CLIP's tokenizer, start and end included."""
     scheduler: Mapping[str, Any] = field(hash=False)
     """The scheduler's config, as the base's pipeline would use it."""
     silent: bool = False
     """Whether an unconditional row without a negative prompt is told zeros, not what the empty prompt becomes."""
+    shift_factor: float = 0.0
+    """What is taken from VAE latents before they are multiplied."""
+    longest_side: int | None = None
+    """Pixels along a side that it can see at most; `None` is any number."""
 
     @property
     def latent_size(self) -> int:
         """Latents along a side."""
         return self.image_size // self.vae_factor
 
+    def scaled(self, latents: torch.Tensor) -> torch.Tensor:
+        """VAE latents as the denoiser sees them."""
+        return (latents - self.shift_factor) * self.scaling_factor
+
     @property
     def prompt_ids(self) -> int:
         """Token ids of a prompt: those of all tokenizers."""
-        return self.token_limit * len(self.kind.encoders)
+        return sum(T5_TOKENS if named == T5 else self.token_limit for _, named in self.kind.encoders)
+
+    @property
+    def text_tokens(self) -> int:
+        """Places of the text that the denoiser is told."""
+        return self.token_limit + (T5_TOKENS if self.kind.flow else 0)
+
+    @property
+    def sampler(self) -> SamplerName:
+        """What images are drawn with where nothing else is asked for."""
+        return "euler" if self.kind.flow else "ddim"
 
 
 def open_base(model: str, revision: str | None = None) -> BaseInfo:
@@ -79,7 +99,7 @@ def open_base(model: str, revision: str | None = None) -> BaseInfo:
 
     Raises:
         UserError: There is no such base, a part is missing, its weights are not safetensors, or it is not a
-            Stable Diffusion 1.x/2.x or SDXL.
+            Stable Diffusion 1.x/2.x, SDXL or SD3.
     """
     box = shipped("weights") if model == _BOX else None
     folder, revision = locate(model, revision, box)
@@ -88,13 +108,21 @@ def open_base(model: str, revision: str | None = None) -> BaseInfo:
     configs = {part: part_config(folder, part, model, kind) for part in kind.parts}
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json", model)
     tokenizers = [read_json(folder / name / "tokenizer_config.json", model) for name in kind.tokenizers]
-    unet, vae = configs["unet"], configs["vae"]
+    unet, vae = configs[kind.denoiser], configs["vae"]
     texts = [configs[part] for part in kind.texts]
     check_widths(unet, texts, kind, model)
-    prediction_type = NoiseSchedule.from_config(scheduler).prediction_type
+    check_scheduler(scheduler, kind, model)
+    if T5 in dict(kind.encoders).values():
+        read_json(
+            folder / kind.tokenizers[-1] / "tokenizer.json", model
+        )  # without it there would be no words
+    prediction_type = noise_process(scheduler).prediction_type
     vae_factor = 2 ** (len(vae["block_out_channels"]) - 1)
-    limits = [int(text["max_position_embeddings"]) for text in texts]
-    limits += [int(t["model_max_length"]) for t in tokenizers if "model_max_length" in t]
+    of_clips = [number for number, (_, named) in enumerate(kind.encoders) if named != T5]
+    limits = [int(texts[number]["max_position_embeddings"]) for number in of_clips]
+    limits += [
+        int(tokenizers[n]["model_max_length"]) for n in of_clips if "model_max_length" in tokenizers[n]
+    ]
     return BaseInfo(
         kind=kind,
         model=str(folder) if Path(model).expanduser().resolve() == folder else model,
@@ -109,6 +137,11 @@ def open_base(model: str, revision: str | None = None) -> BaseInfo:
         scheduler={**scheduler, **kind.scheduler},
         # diffusers' pipeline of SDXL takes zeros where its index says nothing of it
         silent=kind.sized and bool(index.get("force_zeros_for_empty_prompt", True)),
+        shift_factor=float(vae.get("shift_factor") or 0.0),
+        # a transformer has an embedding of each place
+        longest_side=int(unet["pos_embed_max_size"]) * int(unet["patch_size"]) * vae_factor
+        if kind.flow
+        else None,
     )
 
 
@@ -118,10 +151,10 @@ def shipped(part: str) -> Path:
 
 
 def load_tokenizer(base: BaseInfo) -> "CLIPTokenizer | tuple[CLIPTokenizer, ...]":
-    """The base's tokenizer; of a base with several text encoders a tuple of theirs."""
-    tokenizer = tokenizer_class()
+    """The base's tokenizer; of a base with several text encoders a tuple of theirs, of which a T5's is no CLIP's."""
     found = tuple(
-        tokenizer.from_pretrained(base.path / name, local_files_only=True) for name in base.kind.tokenizers
+        tokenizer_class(named == T5).from_pretrained(base.path / name, local_files_only=True)
+        for name, (_, named) in zip(base.kind.tokenizers, base.kind.encoders, strict=True)
     )
     return found if len(found) > 1 else found[0]
 
@@ -139,7 +172,7 @@ def token_ids(
     Args:
         tokenizer: Of `load_tokenizer`.
         prompts: B prompts.
-        limit: L, the base's `token_limit`.
+        limit: L, the base's `token_limit`; a T5 has `T5_TOKENS`.
         words: Those that the tokenizer does not have, in lower case, and the ids that each stands for.
 
     Returns:
@@ -149,7 +182,9 @@ def token_ids(
         UserError: A prompt has more tokens than `limit`; it would be cut in silence.
     """
     if isinstance(tokenizer, tuple):
-        return torch.cat([token_ids(each, prompts, limit, words) for each in tokenizer], dim=1)
+        limits = [limit if is_clip(each) else T5_TOKENS for each in tokenizer]
+        parts = zip(tokenizer, limits, strict=True)
+        return torch.cat([token_ids(each, prompts, most, words) for each, most in parts], dim=1)
     rows = tokenizer(list(prompts), padding="max_length", max_length=limit, truncation=False).input_ids
     rows = [_with_words(tokenizer, *row, limit, words) for row in zip(prompts, rows, strict=True)]
     for prompt, row in zip(prompts, rows, strict=True):
@@ -186,10 +221,10 @@ def _with_words(
 
 
 def load_unet(base: BaseInfo) -> nn.Module:
-    """The base's UNet: fp32, on the CPU, in eval mode, frozen."""
-    unet = unet_class()
+    """The base's denoiser, a UNet or a transformer: fp32, on the CPU, in eval mode, frozen."""
+    unet = denoiser_class(base.kind.denoiser)
     with quiet():
-        return _frozen(unet.from_pretrained(base.path / "unet", **_LOADING))
+        return _frozen(unet.from_pretrained(base.path / base.kind.denoiser, **_LOADING))
 
 
 def load_vae(base: BaseInfo) -> nn.Module:
@@ -201,31 +236,39 @@ def load_vae(base: BaseInfo) -> nn.Module:
 
 def load_text_encoder(base: BaseInfo) -> nn.Module:
     """The base's text encoder, one module also where it is two models: fp32, on the CPU, in eval mode, frozen."""
-    found = [(part, clip_class(named)) for part, named in base.kind.encoders]
+    found = [(part, text_class(named)) for part, named in base.kind.encoders]
     with quiet():
         models = [model.from_pretrained(base.path / part, **_LOADING) for part, model in found]
-    return _frozen(TwinEncoder(*models) if len(models) > 1 else models[0])
+    return _frozen(_one_encoder(base, models))
 
 
 def empty_unet(base: BaseInfo) -> nn.Module:
-    """The base's UNet without weights, on the meta device: its shapes cost no memory."""
-    unet = unet_class()
+    """The base's denoiser without weights, on the meta device: its shapes cost no memory."""
+    unet = denoiser_class(base.kind.denoiser)
     with torch.device("meta"):
-        return cast(
-            nn.Module,
-            unet.from_config(read_json(base.path / "unet/config.json", base.model)),
-        )
+        return cast(nn.Module, unet.from_config(part_settings(base, base.kind.denoiser)))
 
 
 def empty_text_encoder(base: BaseInfo) -> nn.Module:
     """The base's text encoder without weights, on the meta device."""
     models = []
     for part, named in base.kind.encoders:
-        model = clip_class(named)
+        model = text_class(named)
         config = model.config_class.from_pretrained(base.path / part)
         with torch.device("meta"):
             models.append(model(config))
-    return TwinEncoder(*models) if len(models) > 1 else cast(nn.Module, models[0])
+    return _one_encoder(base, models)
+
+
+def _one_encoder(base: BaseInfo, models: Sequence[nn.Module]) -> nn.Module:
+    """A base's text encoders as one module."""
+    if len(models) == 1:
+        return models[0]
+    if not base.kind.flow:
+        return TwinEncoder(*models)
+    width = int(part_settings(base, base.kind.denoiser)["joint_attention_dim"])
+    third = models[2] if len(models) > 2 else None
+    return JointEncoder(models[0], models[1], third, base.token_limit, T5_TOKENS, width)
 
 
 def empty_vae(base: BaseInfo) -> nn.Module:
@@ -247,8 +290,11 @@ def encode_image(vae: nn.Module, pixels: torch.Tensor) -> tuple[torch.Tensor, to
 
 
 def decode_latents(vae: nn.Module, latents: torch.Tensor, scaling_factor: float) -> torch.Tensor:
-    """Images [B, 3, height, width] float32, about [-1, 1], of scaled latents [B, C, H, W]."""
-    return cast(torch.Tensor, vae.decode(latents / scaling_factor, return_dict=False)[0])  # type: ignore[operator]
+    """Images [B, 3, height, width] float32, about [-1, 1], of scaled latents [B, C, H, W]; what was taken from them
+    before is the VAE's to say."""
+    plain, shift = latents / scaling_factor, cast(Any, vae).config.shift_factor
+    plain = plain + shift if shift else plain
+    return cast(torch.Tensor, vae.decode(plain, return_dict=False)[0])  # type: ignore[operator]
 
 
 def part_settings(base: BaseInfo, part: str) -> dict[str, Any]:

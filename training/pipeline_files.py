@@ -30,7 +30,7 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     found: dict[str, torch.Tensor] = {}
     kind = kind_of(read_json(folder / "model_index.json", str(folder)), str(folder))
     prefixes = {part: _prefix(named) for part, named in kind.encoders}
-    for part in ("unet", *kind.texts):
+    for part in kind.trainable:
         for name, value in load_file(folder / _weights_file(kind, part)).items():
             found[f"{part}.{name.removeprefix(prefixes.get(part, ''))}"] = value
     if tokens := read_tokens(folder):
@@ -57,7 +57,8 @@ def save_pipeline(base: BaseInfo, unet: nn.Module, text_encoder: nn.Module, fold
         }
         for part, model in trained_parts(unet, text_encoder).items()
     }
-    whole_folders = ("vae", *kind.tokenizers)
+    frozen = (part for part in kind.texts if part not in kind.trainable)
+    whole_folders = ("vae", *kind.tokenizers, *frozen)
     for file in used_files(base.path):
         name = file.relative_to(base.path)
         if (file.suffix == ".json" and ".index." not in file.name) or name.parts[0] in whole_folders:

@@ -17,12 +17,12 @@ from training.denoising import MEMORY, advance
 from training.engine import TrainingEngine
 from training.lease import Lease
 from training.module import DreamBoothModule
+from training.noise import noise_process, trained_scheduler
 from training.pipeline import BaseInfo, load_vae
 from training.png import Pixels, encode_png, grid
 from training.recipe import Validate
 from training.request import FORWARD_ROWS
 from training.samplers import sampler_table
-from training.schedule import NoiseSchedule, trained_scheduler
 from training.studio import pixels
 
 
@@ -67,8 +67,8 @@ class Samples:
         self._rank, self._world, self._device = batches.rank, batches.world, batches.device
         self._ids = torch.tensor(ids or lease.sample_ids, device=self._device)
         scheduler = trained_scheduler(base.scheduler, lease.recipe.train.objective)
-        self._table = sampler_table("ddim", self._wanted.steps, scheduler)
-        self._schedule = NoiseSchedule.from_config(scheduler)
+        self._table = sampler_table(base.sampler, self._wanted.steps, scheduler)
+        self._schedule = noise_process(scheduler)
         self._shape = (base.latent_channels, base.latent_size, base.latent_size)
         self._decoder = decoder  # rank 0 alone uses it
 
@@ -138,17 +138,17 @@ class Samples:
         prompts = [1 + prompt for prompt, _ in cells]
         states = text[[0] * len(cells) + prompts if guided else prompts]
         kept = x.new_zeros(len(x), MEMORY, *self._shape)
-        for t, alpha, coefficients in zip(
-            self._table.timesteps, self._table.alphas, torch.from_numpy(self._table.coefficients), strict=True
+        for t, level, coefficients in zip(
+            self._table.timesteps, self._table.levels, torch.from_numpy(self._table.coefficients), strict=True
         ):
             rows = torch.cat([x, x]) if guided else x
-            timesteps = torch.full((len(rows),), int(t), device=self._device)
+            timesteps = torch.full((len(rows),), float(t), device=self._device)
             with module.computing(self._device):
                 output = predict(unet, rows, timesteps, states).float()
             if guided:
                 without, conditioned = output.chunk(2)
                 output = without + scale * (conditioned - without)
-            clean = self._schedule.clean(output, x, torch.full((len(x),), alpha, device=self._device))
+            clean = self._schedule.clean(output, x, torch.full((len(x),), level, device=self._device))
             matrix = coefficients.expand(len(x), *coefficients.shape)
             x, kept = advance(x, clean, kept, torch.zeros_like(x), matrix)
         return x

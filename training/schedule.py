@@ -1,4 +1,4 @@
-"""This file is where the noise process of a base is: how much signal each timestep leaves, and what is predicted.
+"""This file is where the noise process of diffusion is: how much signal each timestep leaves, and what is predicted.
 
 x_t = sqrt(a_t) x0 + sqrt(1 - a_t) noise, with a_t the cumulative product `alphas_cumprod`.
 B batch, C H W latent, T timesteps.
@@ -15,7 +15,6 @@ from typing import Any, Literal
 import torch
 
 from cluster.errors import UserError
-from training.objective_settings import Objective
 
 PredictionType = Literal["epsilon", "v_prediction"]
 
@@ -28,6 +27,8 @@ class NoiseSchedule:
     """[T] float32: the share of the signal's variance left at each timestep, falling from 1."""
     prediction_type: PredictionType
     """What the UNet's output means: the noise, or the velocity."""
+    density: Literal["uniform"] = "uniform"
+    """How often timesteps are trained: all alike."""
 
     @classmethod
     def from_config(cls, scheduler: Mapping[str, Any]) -> "NoiseSchedule":
@@ -54,9 +55,19 @@ class NoiseSchedule:
         return self.alphas_cumprod / (1.0 - self.alphas_cumprod)
 
     @property
+    def noise_levels(self) -> torch.Tensor:
+        """[T] float32: the noise's standard deviation over the signal's at each timestep."""
+        alphas = self.alphas_cumprod
+        return ((1 - alphas) / alphas.clamp(min=2.0**-24)).sqrt()
+
+    @property
     def num_timesteps(self) -> int:
         """T."""
         return len(self.alphas_cumprod)
+
+    def asked(self, t: torch.Tensor) -> torch.Tensor:
+        """What the UNet is asked by at timesteps t [B] int64: themselves."""
+        return t
 
     def add_noise(self, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """x_t [B, C, H, W] of clean latents and noise [B, C, H, W] at timesteps t [B] int64."""
@@ -70,15 +81,15 @@ class NoiseSchedule:
         signal, spread = _factors(self._alpha(t, x0))
         return signal * noise - spread * x0
 
-    def clean(self, output: torch.Tensor, x: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
+    def clean(self, output: torch.Tensor, x: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
         """The clean latents x0 [B, C, H, W] that the UNet's output implies.
 
         Args:
             output: [B, C, H, W], the UNet's.
             x: [B, C, H, W], x_t.
-            alpha: [B] float32, a_t of each row.
+            level: [B] float32, a_t of each row.
         """
-        signal, spread = _factors(alpha.reshape(-1, 1, 1, 1))
+        signal, spread = _factors(level.reshape(-1, 1, 1, 1))
         if self.prediction_type == "epsilon":
             return (x - spread * output) / signal
         return signal * x - spread * output
@@ -86,24 +97,6 @@ class NoiseSchedule:
     def _alpha(self, t: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         """a_t [B, 1, 1, 1] with the type and device of `like`."""
         return self.alphas_cumprod.to(like)[t].reshape(-1, 1, 1, 1)
-
-
-def trained_scheduler(scheduler: Mapping[str, Any], objective: Objective) -> Mapping[str, Any]:
-    """The scheduler config that a run trains with, and its artifact is drawn with: the base's, or a stretched one.
-
-    Raises:
-        UserError: A base that predicts the noise is to be shown nothing but noise, of which it learns nothing.
-    """
-    if not objective.zero_terminal_snr:
-        return scheduler
-    if scheduler.get("prediction_type", "epsilon") != "v_prediction":
-        raise UserError(
-            "train.objective.zero_terminal_snr cannot be had with this base",
-            "it predicts the noise, which says nothing of the image where nothing but noise is left",
-            "leave it out, or use a base that predicts velocity",
-        )
-    # the last timestep has to be asked for, or nothing of this shows
-    return {**scheduler, "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
 
 
 def _factors(alpha: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

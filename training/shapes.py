@@ -59,9 +59,10 @@ def refuse_untrainable(base: BaseInfo, train: Train) -> None:
     """
     if train.method == "full":  # takes all there is
         return
-    wanted = [("unet", train.lora.targets)]
+    denoiser, *texts = base.kind.trainable
+    wanted = [(denoiser, train.lora.targets)]
     if train.text_encoder.train:
-        wanted += [(part, train.lora.text_targets) for part in base.kind.texts]
+        wanted += [(part, train.lora.text_targets) for part in texts]
     if not all(_are_linear(base, part, targets) for part, targets in wanted):
         sizes(base, train)
 

@@ -11,7 +11,7 @@ W rows of a forward, K latents that a sampler remembers, C latent channels, H W 
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -31,6 +31,7 @@ from training.conditioning import (
 )
 from training.denoising import MEMORY, SamplerTable, advance
 from training.new_tokens import knowing
+from training.noise import noise_process
 from training.outfit import PLAIN, Outfit, Weights, read_outfit
 from training.pipeline import (
     BaseInfo,
@@ -46,7 +47,6 @@ from training.pipeline import (
 from training.request import FORWARD_ROWS, DrawRequest
 from training.row_linear import RowAdapters
 from training.samplers import sampler_table
-from training.schedule import NoiseSchedule
 
 # Parameters of a UNet below which threads wait for each other longer than they work (pocket: 10 s on two, 3 s on one)
 SMALL = 50_000_000
@@ -109,7 +109,7 @@ class Studio:
         self.vae = load_vae(base).to(self.device)
         if self.device == "cpu":  # oneDNN decodes an image in 19 rather than 24 ms so
             self.vae = self.vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.schedule = NoiseSchedule.from_config(base.scheduler)
+        self.schedule = noise_process(base.scheduler)
         self._tokenizer, self._tokenizing = load_tokenizer(base), threading.Lock()
         self._parameters = {
             f"{part}.{name}": parameter
@@ -138,13 +138,14 @@ class Studio:
         """
         for prompt in (request.prompt, request.negative_prompt):
             self._ids(prompt, outfit)
-        request.check_size(self.base.image_size, self.base.vae_factor)
+        request.check_size(self.base.image_size, self.base.vae_factor, self.base.longest_side)
         scheduler = outfit.scheduler or self.base.scheduler
-        return sampler_table(request.sampler, request.steps, scheduler, request.eta)
+        return sampler_table(request.sampler or self.base.sampler, request.steps, scheduler, request.eta)
 
     def row(self, request: DrawRequest, outfit: Outfit) -> Row:
         """An image before its first step; raises as `check`."""
         table = self.check(request, outfit)
+        request = replace(request, sampler=request.sampler or self.base.sampler)
         height, width = (side or self.base.image_size for side in (request.height, request.width))
         factor = self.base.vae_factor
         shape = (self.base.latent_channels, height // factor, width // factor)
@@ -167,7 +168,7 @@ class Studio:
             places += [places[-1]] * (self.width - len(places))  # padding
         if rows != self._places:
             self._take_places(rows, places)
-        now = [(float(r.table.timesteps[r.step]), float(r.table.alphas[r.step])) for r in rows]
+        now = [(float(r.table.timesteps[r.step]), float(r.table.levels[r.step])) for r in rows]
         x = torch.stack([row.x for row in rows])
         timesteps = torch.tensor([now[i][0] for i in places], dtype=torch.float32, device=self.device)
         assert self._told is not None  # there are rows
@@ -177,8 +178,8 @@ class Studio:
         scale = torch.tensor([row.request.guidance for row in rows], device=self.device).reshape(-1, 1, 1, 1)
         without, conditioned = output[first], output[last]
         output = without + scale * (conditioned - without)
-        alphas = torch.tensor([alpha for _, alpha in now], dtype=torch.float32, device=self.device)
-        x0 = self.schedule.clean(output, x, alphas)
+        levels = torch.tensor([level for _, level in now], dtype=torch.float32, device=self.device)
+        x0 = self.schedule.clean(output, x, levels)
         noise = torch.stack([_noise(row) for row in rows]).to(self.device)
         coefficients = torch.tensor(
             np.stack([row.table.coefficients[row.step] for row in rows]), dtype=torch.float32
@@ -225,8 +226,9 @@ class Studio:
 
     def _encoded(self, prompt: str | None, outfit: Outfit) -> Conditioning:
         """What a prompt becomes, one row; `None` is none at all. The outfit's weights are worn."""
+        own = f"{self.base.kind.denoiser}."
         of_base = not (
-            outfit.text or outfit.tokens or any(not name.startswith("unet.") for name in outfit.weights)
+            outfit.text or outfit.tokens or any(not name.startswith(own) for name in outfit.weights)
         )
         kept = self._texts.setdefault(PLAIN if of_base else outfit, OrderedDict())
         if prompt not in kept:

@@ -40,7 +40,7 @@ class Teacher:
 
         Args:
             noisy: [B, C, H, W].
-            timesteps: int64 [B].
+            timesteps: [B], what the noise process asks it by.
             prompt: int64 [B], the prompt of each row.
             sizes: float32 [B, 6], of a base that is told them.
         """

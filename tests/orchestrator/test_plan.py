@@ -64,6 +64,38 @@ def test_a_fresh_run_has_everything_still_to_do_and_the_plan_leaves_no_trace(
     assert not ray.is_initialized()
 
 
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_base_of_sd3_is_planned_with_its_own_defaults(
+    method: str, storage: Storage, run_of: Callable[..., Run], tiny_sd3: Path
+) -> None:
+    run = run_of(f"base.model={tiny_sd3}", f"train.method={method}")
+    assert (run.prior.sampler, run.validate_.guidance) == ("euler", 7.0)
+    plan = plan_run(run, storage)
+    assert plan.memory.estimate.peak > plan.memory.estimate.base > 0 and plan.identifier == "zwx"
+    copies = load_unet(open_base(str(tiny_sd3))), load_text_encoder(open_base(str(tiny_sd3)))
+    whole = sum(p.numel() for model in copies for p in model.parameters())
+    assert (plan.trained_parameters < whole / 10) == (method == "lora")
+    assert plan.artifact_bytes >= (4 * plan.trained_parameters if method == "lora" else 4 * whole)
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("train.objective.weighting=min_snr", "flow matching"),
+        ("train.objective.zero_terminal_snr=true", "flow matching"),
+        ("prior.sampler=ddim", "use euler"),
+        ("train.new_tokens.count=2", "new_tokens"),
+        ("train.lora.targets=[nothing]", "no module of the transformer"),
+    ],
+)
+def test_what_has_no_meaning_for_a_base_of_sd3_is_refused(
+    setting: str, said: str, storage: Storage, run_of: Callable[..., Run], tiny_sd3: Path
+) -> None:
+    with pytest.raises(UserError) as refused:
+        plan_run(run_of(f"base.model={tiny_sd3}", setting), storage)
+    assert said in str(refused.value) and refused.value.do
+
+
 def test_the_plan_is_one_json_object_and_a_few_lines_for_people(
     storage: Storage, run_of: Callable[..., Run]
 ) -> None:

@@ -127,6 +127,25 @@ def test_images_of_an_sdxl_together_come_out_as_alone(engine_of: Make, tiny_sdxl
         assert (decode_png(one.until(Drawn).png) == Drawer(sdxl, device="cpu").draw([request])[0]).all()
 
 
+def test_images_of_an_sd3_together_come_out_as_alone(engine_of: Make, tiny_sd3: Path) -> None:
+    sd3 = open_base(str(tiny_sd3))
+    requests = [
+        DrawRequest("a dog in snow", 1, steps=4, guidance=5.0),
+        DrawRequest("a dog in snow", 1, "snow", steps=3, guidance=5.0, sampler="euler"),
+        DrawRequest("a cat", 2, steps=2, guidance=1.0),
+        DrawRequest("a cat", 3, steps=2, guidance=5.0, height=24, width=16),
+    ]
+    engine = engine_of(None, of=sd3)
+    asked = [Asked(engine, str(i), "base", request) for i, request in enumerate(requests)]
+    for one, request in zip(asked, requests, strict=True):
+        drawn = one.until(Drawn)
+        assert (decode_png(drawn.png) == Drawer(sd3, device="cpu").draw([request])[0]).all()
+        assert drawn.facts["sampler"] == "euler"  # the base's own, where none was named
+    refused = Asked(engine, "no", "base", DrawRequest("a dog", 1, sampler="ddim"))
+    with pytest.raises(UserError, match="flow matching"):
+        refused.until(Drawn)
+
+
 def test_a_row_joins_a_batch_that_is_under_way(engine_of: Make, zoo: Storage) -> None:
     engine = engine_of(zoo)
     long = Asked(engine, "long", "lora", DrawRequest(PROMPT, 1, steps=LONG))

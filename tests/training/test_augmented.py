@@ -22,11 +22,12 @@ from training.dataplan import DataPlan, Role, enlarged
 from training.decisive import decisive
 from training.lease import LatentTable, Lease
 from training.loop import ResidentBase, build_module
+from training.noise import trained_scheduler
 from training.outfit import PLAIN
 from training.pipeline import load_tokenizer, open_base, token_ids
 from training.recipe import Run
 from training.request import DrawRequest
-from training.schedule import NoiseSchedule, trained_scheduler
+from training.schedule import NoiseSchedule
 from training.studio import Studio
 
 EVERYTHING = {
@@ -298,7 +299,7 @@ def test_what_was_trained_down_to_no_signal_is_drawn_from_there_by_us_and_by_sto
     request = DrawRequest("a photo of a dog", 7, steps=6, guidance=3.0)
     outfit = studio.read(tmp_path, manifest)
     row = studio.row(request, outfit)
-    assert row.table.timesteps[0] == 999 and row.table.alphas[0] == 0.0
+    assert row.table.timesteps[0] == 999 and row.table.levels[0] == 0.0
     while not row.done:
         studio.step([row])
     pipe = StableDiffusionPipeline.from_pretrained(tmp_path)

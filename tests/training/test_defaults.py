@@ -8,8 +8,9 @@ from training.defaults import base_family, with_defaults
 from training.recipe import Recipe
 
 
-def test_a_base_that_is_here_says_its_family(tiny_base: Path, tiny_sdxl: Path) -> None:
-    assert [base_family(str(model)) for model in ("pocket", tiny_base, tiny_sdxl)] == ["pocket", "sd", "sdxl"]
+def test_a_base_that_is_here_says_its_family(tiny_base: Path, tiny_sdxl: Path, tiny_sd3: Path) -> None:
+    models = ("pocket", tiny_base, tiny_sdxl, tiny_sd3)
+    assert [base_family(str(model)) for model in models] == ["pocket", "sd", "sdxl", "sd3"]
 
 
 @pytest.mark.parametrize(
@@ -23,6 +24,11 @@ def test_a_base_that_is_here_says_its_family(tiny_base: Path, tiny_sdxl: Path) -
         ("nobody/xlnet-base", "sd"),
         ("nobody/Some-SDXL", "sdxl"),
         ("nobody/pixlart", "sd"),
+        ("nobody/stable-diffusion-3-medium-diffusers", "sd3"),
+        ("nobody/stable-diffusion-3.5-large", "sd3"),
+        ("nobody/MySD3-finetune", "sd3"),
+        ("nobody/sd_v3", "sd3"),
+        ("nobody/stable-diffusion-30", "sd"),
         ("./no/such/folder", "sd"),
     ],
 )

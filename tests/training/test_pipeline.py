@@ -92,7 +92,7 @@ def only_pickles(folder: Path) -> None:
             "SD3Transformer2DModel",
         ),
         (lambda f: edit(f / "unet/config.json", in_channels=9), "in_channels"),
-        (lambda f: edit(f / "model_index.json", _class_name="StableDiffusion3Pipeline"), "3Pipeline"),
+        (lambda f: edit(f / "model_index.json", _class_name="FluxPipeline"), "FluxPipeline"),
         (
             lambda f: edit(f / "model_index.json", _class_name="StableDiffusionXLPipeline"),
             "of an unknown kind",

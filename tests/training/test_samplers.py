@@ -49,7 +49,7 @@ def ours(name: Any, steps: int, config: dict[str, Any], eta: float, seed: int) -
     kept, states = x.new_zeros(2, MEMORY, 4, 8, 8), []
     for i in range(len(table)):
         noise = torch.randn(x.shape, generator=generator) if table.stochastic else torch.zeros_like(x)
-        alphas = torch.tensor(table.alphas[i].repeat(2), dtype=torch.float32)
+        alphas = torch.tensor(table.levels[i].repeat(2), dtype=torch.float32)
         x0 = schedule.clean(model(schedule, x, int(table.timesteps[i])), x, alphas)
         x, kept = advance(x, x0, kept, noise, torch.tensor(table.coefficients[i]).repeat(2, 1, 1))
         states.append(x)
@@ -155,7 +155,7 @@ def test_euler_is_diffusers_euler(
     x, theirs = noise * table.start, noise * scheduler.init_noise_sigma
     kept, draws = x.new_zeros(2, MEMORY, 4, 8, 8), [torch.Generator().manual_seed(4) for _ in range(2)]
     for i, t in enumerate(scheduler.timesteps):
-        alpha = torch.tensor(table.alphas[i : i + 1].repeat(2), dtype=torch.float32)
+        alpha = torch.tensor(table.levels[i : i + 1].repeat(2), dtype=torch.float32)
 
         def says(x: torch.Tensor) -> torch.Tensor:
             """What a model says that knows data of unit variance, and a wave that it learnt."""
