@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from orchestrator.space import Space
+from training.decisive import decisive
 from training.recipe import Run
 
 
@@ -40,7 +41,10 @@ class StudySpec:
         """What decides what is tried: a study of the same name must agree."""
         told = {key: value for key, value in asdict(self).items() if key not in ("runs", "gangs")}
         told["space"] = {key: asdict(one) for key, one in self.space.items()}
-        told["subjects"] = [run.model_dump(mode="json", by_alias=True) for run in self.runs]
+        # as in fingerprints: a setting that came later changes no study that leaves it at its default
+        told["subjects"] = [
+            {**run.model_dump(mode="json", include={"subject", "base"}), **decisive(run)} for run in self.runs
+        ]
         plain: dict[str, Any] = json.loads(json.dumps(told))
         return plain
 

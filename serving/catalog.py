@@ -69,6 +69,8 @@ class Catalog:
         self._manifests: OrderedDict[tuple[str, str], Mapping[str, Any]] = OrderedDict()
         recipe = Recipe.model_validate(with_defaults({"base": {"model": base}}))
         self._pristine = Model(PRISTINE, PRISTINE, "", 0, recipe.validate_.guidance)
+        self.sampler = recipe.prior.sampler
+        """What images are drawn with where nothing else is asked for: the base's own."""
 
     def find(self, tenant: str, model: str, param: str | None = "model") -> Model:
         """A model by its name: `rex`, `rex@v2`, `rex@champion` or `base`.

@@ -115,6 +115,7 @@ def prediction_routes(
             if asked.input.seed is None
             else asked.input.seed,
             "guidance_scale": asked.input.guidance_scale or model.guidance,
+            "sampler": asked.input.sampler or booth.catalog.sampler,
         }
 
         def make() -> str:

@@ -198,6 +198,7 @@ def test_what_a_process_leaves_undone_the_next_one_does(serve, artist) -> None:
     client = serve(**QUICK).with_token(token)
     done = ended(client, identity)
     assert done["status"] == "succeeded" and done["input"]["seed"] == 3
+    assert done["input"]["sampler"] == "ddim"  # the base's own
 
 
 ORPHANS = """
