@@ -19,7 +19,7 @@ from cluster.errors import UserError
 from cluster.storage import sha256_file
 from training.basefolder import locate_model
 from training.defaults import base_family
-from training.imports import auto_class, quiet, text_class, tokenizer_class
+from training.imports import auto_class, loading, text_class, tokenizer_class
 from training.pipeline import shipped
 from training.png import Pixels
 from training.scores import Vectors
@@ -178,15 +178,15 @@ def _kind(folder: Path, model: str) -> str:
 
 
 def _load(folder: Path, kind: str) -> tuple[Any, Any]:
-    loading = {"use_safetensors": True, "local_files_only": True, "dtype": torch.float32}
+    settings = {"use_safetensors": True, "local_files_only": True, "dtype": torch.float32}
     if kind == "clip":
         model, tokenizer = text_class("CLIPModel"), tokenizer_class()
-        with quiet():
+        with loading():
             read = tokenizer.from_pretrained(folder, local_files_only=True)
-            return model.from_pretrained(folder, **loading).eval(), read
+            return model.from_pretrained(folder, **settings).eval(), read
     model = auto_class()
-    with quiet():
-        return model.from_pretrained(folder, trust_remote_code=False, **loading).eval(), None
+    with loading():
+        return model.from_pretrained(folder, trust_remote_code=False, **settings).eval(), None
 
 
 def _pooled(output: Any) -> torch.Tensor:

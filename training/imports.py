@@ -10,11 +10,14 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from threading import RLock
 from typing import Any, cast
 from unittest.mock import patch
 
 from training.basekind import T5
 
+making = RLock()
+"""Held by who makes modules where other threads may load models; see `loading`."""
 _forgone: set[str] = set()
 # Whose package a module is of: transformers and diffusers both read all that is installed for it, 0.3 CPU s each.
 _distributions = cache(importlib.metadata.packages_distributions)
@@ -104,8 +107,17 @@ def tokenizer_class(t5: bool = False) -> Any:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """No progress bars of the libraries that are imported: a part is read in a moment, and the bars are ours."""
+def loading() -> Iterator[None]:
+    """One thread at a time makes models: diffusers has `nn.Module` make empty ones, in all threads, while it loads one.
+
+    The bars of the libraries that are imported are not shown: a part is read in a moment, and the bars are ours.
+    """
+    with making, _quiet():
+        yield
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
     logs = (sys.modules.get(f"{library}.utils.logging") for library in ("diffusers", "transformers"))
     shown: list[Any] = [log for log in logs if log and cast(Any, log).is_progress_bar_enabled()]
     for log in shown:

@@ -20,7 +20,7 @@ from cluster.errors import UserError
 from training.basefolder import locate, part_config, read_json
 from training.basekind import T5, BaseKind, check_scheduler, check_widths, is_clip, kind_of
 from training.conditioning import SILENT, JointEncoder, TwinEncoder
-from training.imports import denoiser_class, quiet, text_class, tokenizer_class, vae_class
+from training.imports import denoiser_class, loading, text_class, tokenizer_class, vae_class
 from training.noise import noise_process
 from training.recipe import SamplerName
 
@@ -223,21 +223,21 @@ def _with_words(
 def load_unet(base: BaseInfo) -> nn.Module:
     """The base's denoiser, a UNet or a transformer: fp32, on the CPU, in eval mode, frozen."""
     unet = denoiser_class(base.kind.denoiser)
-    with quiet():
+    with loading():
         return _frozen(unet.from_pretrained(base.path / base.kind.denoiser, **_LOADING))
 
 
 def load_vae(base: BaseInfo) -> nn.Module:
     """The base's VAE: fp32 (SDXL's overflows in fp16, `force_upcast`), on the CPU, in eval mode, frozen."""
     vae = vae_class()
-    with quiet():
+    with loading():
         return _frozen(vae.from_pretrained(base.path / "vae", **_LOADING))
 
 
 def load_text_encoder(base: BaseInfo) -> nn.Module:
     """The base's text encoder, one module also where it is two models: fp32, on the CPU, in eval mode, frozen."""
     found = [(part, text_class(named)) for part, named in base.kind.encoders]
-    with quiet():
+    with loading():
         models = [model.from_pretrained(base.path / part, **_LOADING) for part, model in found]
     return _frozen(_one_encoder(base, models))
 
