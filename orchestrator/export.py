@@ -23,7 +23,16 @@ from training.new_tokens import OF_AUTOMATIC, grow, read_tokens, save_tokens
 from training.noise import trained_scheduler
 from training.objective_settings import Objective
 from training.part_settings import Lora
-from training.pipeline import BaseInfo, load_text_encoder, load_unet, load_vae, open_base, part_settings
+from training.pipeline import (
+    BaseInfo,
+    empty_text_encoder,
+    empty_unet,
+    load_text_encoder,
+    load_unet,
+    load_vae,
+    open_base,
+    part_settings,
+)
 from training.pipeline_files import read_weights, save_pipeline, write_scheduler
 from training.prompt import render_prompt
 from training.singlefile import original_layers, single_file
@@ -190,7 +199,7 @@ def _parameters(artifact: OpenArtifact, base: BaseInfo) -> Parameters:
         return merge(_pristine(base), read_lora(folder))
     if (folder / CHANGED).is_file():
         return _pristine(base) | load_file(folder / CHANGED)
-    return read_weights(folder)
+    return read_weights(folder, trained_parts(empty_unet(base), empty_text_encoder(base)))
 
 
 def _write_whole(artifact: OpenArtifact, base: BaseInfo, wanted: Format, target: Path) -> None:

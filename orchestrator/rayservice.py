@@ -80,7 +80,8 @@ def _replica_gib(spec: ServiceSpec) -> float:
     from training.memory import LIBRARIES
     from training.pipeline import open_base
 
-    base = sum(file.stat().st_size for file in used_files(open_base(spec.base, spec.revision).path))
+    info = open_base(spec.base, spec.revision)
+    base = sum(file.stat().st_size for file in used_files(info.path, info.kind))
     drawing = CUDA_HOST if spec.replicas.gpus else 2 * base
     taken = 2 * LIBRARIES["cpu"] + 2 * base + drawing + spec.replicas.cache_gib * GIB  # and an ingress
     return float(taken / (1 - OBJECT_STORE) / GIB)

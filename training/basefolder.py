@@ -12,7 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 from cluster.errors import UserError
 from cluster.storage import sha256_file
-from training.basekind import FOLDERS, BaseKind
+from training.basekind import FOLDERS, BaseKind, kind_of
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _PLAIN = ("*.json", "*.txt", "*.safetensors")
@@ -118,7 +118,8 @@ def _folder_revision(folder: Path, model: str) -> str:
             f"{folder} has no model_index.json",
             "set base.model to the folder that holds model_index.json",
         )
-    stats = tuple((f, f.stat().st_size, f.stat().st_mtime_ns) for f in used_files(folder))
+    kind = kind_of(read_json(folder / "model_index.json", model), model)
+    stats = tuple((f, f.stat().st_size, f.stat().st_mtime_ns) for f in used_files(folder, kind))
     return _hash_files(folder, stats)
 
 
@@ -131,9 +132,9 @@ def _hash_files(folder: Path, stats: tuple[tuple[Path, int, int], ...]) -> str:
     return digest.hexdigest()[:16]
 
 
-def used_files(folder: Path) -> list[Path]:
-    """The files of a base that are read, sorted."""
-    parts = (folder / name for name in FOLDERS)
+def used_files(folder: Path, kind: BaseKind) -> list[Path]:
+    """The files of a base of a kind that are read, sorted."""
+    parts = (folder / name for name in kind.folders)
     found = [f for part in parts for pattern in _PLAIN for f in part.glob(pattern)]
     kept = [f for f in found if not any(f.match(variant) for variant in _VARIANTS)]
     return sorted([folder / "model_index.json", *kept])

@@ -15,6 +15,14 @@ CLIP, CLIP_PROJECTED, T5 = "CLIPTextModel", "CLIPTextModelWithProjection", "T5En
 DENOISERS = {"UNet2DConditionModel": "unet", "SD3Transformer2DModel": "transformer"}
 """The part that a denoiser is, by its class."""
 FLOW_MATCH = "FlowMatchEulerDiscreteScheduler"
+# What has to be known of SD3's
+_OF_TRANSFORMER = (
+    "joint_attention_dim",
+    "pooled_projection_dim",
+    "pos_embed_max_size",
+    "patch_size",
+    "sample_size",
+)
 _NONE = [None, None]
 _NO_IMAGE = {"feature_extractor": _NONE, "image_encoder": _NONE}
 
@@ -70,6 +78,11 @@ class BaseKind:
         return tuple(part.replace("text_encoder", "tokenizer") for part in self.texts)
 
     @property
+    def folders(self) -> tuple[str, ...]:
+        """The folders of such a base that are read."""
+        return (*self.parts, *self.tokenizers, "scheduler")
+
+    @property
     def sized(self) -> bool:
         """Whether the UNet is told sizes (`Conditioning.sizes`)."""
         return self.addition == "text_time"
@@ -101,9 +114,7 @@ KINDS = (
         index=_NO_IMAGE,
     ),
 )
-FOLDERS = tuple(
-    dict.fromkeys(name for kind in KINDS for name in (*kind.parts, *kind.tokenizers, "scheduler"))
-)
+FOLDERS = tuple(dict.fromkeys(name for kind in KINDS for name in kind.folders))
 """All folders of a base that may be read."""
 
 
@@ -165,7 +176,7 @@ def check_widths(
         UserError: It is so.
     """
     if kind.flow:
-        _check_joint(unet, texts, model)
+        _check_joint(unet, texts, kind, model)
     if not kind.sized:
         return
     says = [
@@ -181,9 +192,25 @@ def check_widths(
         )
 
 
-def _check_joint(transformer: Mapping[str, Any], texts: Sequence[Mapping[str, Any]], model: str) -> None:
+def _check_joint(
+    transformer: Mapping[str, Any], texts: Sequence[Mapping[str, Any]], kind: BaseKind, model: str
+) -> None:
     """Likewise of SD3's: CLIPs side by side, filled up to T5's width, and what both pool."""
     clips, others = texts[:2], texts[2:]
+    needed: list[tuple[str, Mapping[str, Any], Sequence[str]]] = [
+        (kind.denoiser, transformer, _OF_TRANSFORMER)
+    ]
+    needed += [
+        (part, text, ("d_model",) if named == T5 else ("hidden_size", "projection_dim"))
+        for (part, named), text in zip(kind.encoders, texts, strict=True)
+    ]
+    for part, config, names in needed:
+        if lacking := [name for name in names if not isinstance(config.get(name), int)]:
+            raise UserError(
+                f"the {part} of the base {model} does not say all that is needed of it",
+                f"{part}/config.json has no number {' and no '.join(lacking)}",
+                "use a base of SD3 as it was published",
+            )
     width, pooled = int(transformer["joint_attention_dim"]), int(transformer["pooled_projection_dim"])
     beside = sum(int(text["hidden_size"]) for text in clips)
     projected = sum(int(text["projection_dim"]) for text in clips)

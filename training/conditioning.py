@@ -208,11 +208,17 @@ def text_parts(text_encoder: nn.Module) -> dict[str, nn.Module]:
     return text_encoder.clips if isinstance(text_encoder, TwinEncoder) else {"text_encoder": text_encoder}
 
 
+def never_trained(text_encoder: nn.Module) -> list[nn.Parameter]:
+    """The parameters of a base's text encoder that no run trains: a T5's."""
+    third = text_encoder.text_encoder_3 if isinstance(text_encoder, JointEncoder) else None
+    return [] if third is None else list(third.parameters())
+
+
 def leave_unread(text_encoder: nn.Module) -> None:
     """Have what nobody reads or trains of a base's text encoder require no gradient: it would get none."""
     if isinstance(text_encoder, JointEncoder):
-        if text_encoder.text_encoder_3 is not None:
-            text_encoder.text_encoder_3.requires_grad_(False)
+        for parameter in never_trained(text_encoder):
+            parameter.requires_grad_(False)
     elif isinstance(text_encoder, TwinEncoder):
         first = cast(Any, text_encoder.text_encoder)
         for part in (first.encoder.layers[-1], first.final_layer_norm):

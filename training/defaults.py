@@ -72,7 +72,8 @@ OF_OPTIMIZER: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-_NAMED_3 = re.compile(r"SD3(?![0-9])|(?:^|[^a-zA-Z])(?:sd|stable[-_]diffusion)[-_]?v?3(?![0-9])")
+# 3, 3.5 or 35, and neither 30 nor 3d
+_NAMED_3 = re.compile(r"(?:SD|(?<![a-zA-Z])(?i:sd|stable[-_]?diffusion))[-_]?[vV]?35?(?![0-9a-zD])")
 _NAMED_XL = re.compile(r"XL(?![a-z])|(?:^|[^a-zA-Z])(?:sd)?xl(?![a-zA-Z])|[a-z]xl(?=[-_]v?\d)")
 
 

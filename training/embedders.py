@@ -32,6 +32,7 @@ _PAPER = ("facebook/dino-vits16", "openai/clip-vit-base-patch32")
 DEFAULTS = {
     "sd": _PAPER,
     "sdxl": _PAPER,
+    "sd3": _PAPER,
     "pocket": (POCKET, POCKET),
 }
 _KINDS = ("clip", "vit", "dinov2", "dinov2_with_registers", "dinov3_vit")

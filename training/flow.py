@@ -8,6 +8,7 @@ B batch, C H W latent, T timesteps, n steps.
 Source: rectified flow (arXiv 2209.03003) eq. 1; Stable Diffusion 3 (arXiv 2403.03206) eq. 13 and 23.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -45,7 +46,7 @@ class FlowSchedule:
         """The flow that a base's scheduler config describes, bit for bit as diffusers computes it.
 
         Raises:
-            UserError: It asks for timesteps that are spaced otherwise.
+            UserError: It asks for timesteps that are spaced otherwise, or its shift is no number above 0.
         """
         if odd := [name for name in _OTHERWISE if scheduler.get(name)]:
             raise UserError(
@@ -55,7 +56,7 @@ class FlowSchedule:
             )
         total = int(scheduler.get("num_train_timesteps", 1000))
         even = torch.linspace(1, total, total, dtype=torch.float32) / total
-        return cls(shifted(even, float(scheduler.get("shift", 1.0))))
+        return cls(shifted(even, _shift(scheduler)))
 
     @property
     def num_timesteps(self) -> int:
@@ -91,6 +92,17 @@ class FlowSchedule:
         return x - level.reshape(-1, 1, 1, 1) * output
 
 
+def _shift(scheduler: Mapping[str, Any]) -> float:
+    shift = scheduler.get("shift", 1.0)
+    if not isinstance(shift, int | float) or not 0 < shift < math.inf:
+        raise UserError(
+            "the shift of the base's scheduler is no number above 0",
+            f"it is {shift!r}",
+            "set it in scheduler_config.json, or leave it out; 3.0 is what SD3 was published with",
+        )
+    return float(shift)
+
+
 def shifted(sigmas: Any, shift: float) -> Any:
     """Even s moved towards noise, of which large images need more before nothing is seen of them.
 
@@ -101,7 +113,7 @@ def shifted(sigmas: Any, shift: float) -> Any:
 
 def flow_euler(steps: int, scheduler: Mapping[str, Any]) -> SamplerTable:
     """Euler's method along the flow, s spaced as diffusers spaces it: evenly between its ends, and shifted then."""
-    schedule, shift = FlowSchedule.from_config(scheduler), float(scheduler.get("shift", 1.0))
+    schedule, shift = FlowSchedule.from_config(scheduler), _shift(scheduler)
     total = schedule.num_timesteps
     first, last = float(schedule.sigmas[-1]) * total, float(schedule.sigmas[0]) * total
     sigmas = shifted(np.linspace(first, last, steps) / total, shift).astype(np.float32)

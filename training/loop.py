@@ -15,7 +15,7 @@ from training import checkpoint
 from training.artifact import Identity, artifact_path
 from training.batches import Batches
 from training.checkpoint import ROWS
-from training.conditioning import leave_unread
+from training.conditioning import leave_unread, never_trained
 from training.dataplan import Role
 from training.engine import TrainingEngine, compute_type, zero_stage
 from training.figures import Figures, Report, rows_kept
@@ -52,10 +52,16 @@ class ResidentBase:
         """Where its parameters are."""
         return next(self.unet.parameters()).device
 
-    def fresh(self, share: bool) -> tuple[nn.Module, nn.Module]:
-        """A UNet and a text encoder to train; with `share` new modules around the same frozen parameters."""
-        shared = {id(p): p for part in (self.unet, self.text_encoder) for p in part.parameters() if share}
-        unet, text_encoder = copy.deepcopy((self.unet, self.text_encoder), shared)
+    def fresh(self, share: bool, whole: bool = False) -> tuple[nn.Module, nn.Module]:
+        """A UNet and a text encoder to train.
+
+        Args:
+            share: New modules around the same frozen parameters.
+            whole: Copy also what is never trained (a T5); else that is shared in any case.
+        """
+        parts = (self.unet, self.text_encoder)
+        kept = [p for part in parts for p in part.parameters()] if share else never_trained(self.text_encoder)
+        unet, text_encoder = copy.deepcopy(parts, {} if whole else {id(p): p for p in kept})
         return unet, text_encoder
 
 
@@ -136,7 +142,7 @@ def build_module(base: ResidentBase, run: Run, lease: Lease, stage: int) -> Drea
     ZeRO-3 shards frozen parameters too, so it cannot share those of the base.
     """
     is_lora, train = run.train.method == "lora", run.train
-    unet, text_encoder = base.fresh(share=is_lora and stage < 3)
+    unet, text_encoder = base.fresh(share=is_lora, whole=stage == 3)
     if is_lora:
         attach(unet, text_encoder, train.lora, train.text_encoder.train, train.seed)
     else:

@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from training.conditioning import never_trained
 from training.engine import LARGEST_BUCKET, zero_stage
 from training.module import DreamBoothModule
 from training.noise import noise_process
@@ -111,6 +112,8 @@ class _Sizes:
     base: int
     module: int
     """All that the module holds, frozen parameters too."""
+    shared: int
+    """Of them what a run of whole weights shares with the base: what is never trained."""
     trained: int
     state: int
     """Of the optimizer, for all that is trained."""
@@ -124,7 +127,8 @@ class _Sizes:
         base = sum(held) - (trained if run.train.method == "lora" else 0)
         tensors = [p.shape for part in shapes for p in part.parameters() if p.requires_grad]
         state = state_bytes(run.train.optimizer, tensors)
-        return cls(run, stage, world, base * FP32, module * FP32, trained * FP32, state)
+        shared = sum(p.numel() for p in never_trained(shapes[1])) if count(shapes[1]) else 0
+        return cls(run, stage, world, base * FP32, module * FP32, shared * FP32, trained * FP32, state)
 
     @property
     def shard(self) -> int:
@@ -138,7 +142,7 @@ class _Sizes:
 
     def weights(self) -> int:
         """The module's parameters beyond those that it shares with the resident base, and their average."""
-        own = self.trained if self.run.train.method == "lora" else self.module
+        own = self.trained if self.run.train.method == "lora" else self.module - self.shared
         average = self.trained
         if self.stage == 3:
             own, average = self.module // self.world, self.shard

@@ -90,7 +90,7 @@ def _refuse_of_diffusion(objective: Objective) -> None:
         raise UserError(
             f"train.objective.weighting: {objective.weighting} cannot be had with this base",
             "it is of flow matching, and the weighting evens out the timesteps of diffusion",
-            "leave it out; train.objective.timesteps and logit_mean decide which timesteps count there",
+            "leave it out; there train.objective.timesteps: logit_normal and its logit_mean say which count the most",
         )
     if objective.zero_terminal_snr:
         raise UserError(

@@ -64,7 +64,8 @@ class Objective(Section):
         }
         for name, (owner, used) in owners.items():
             if not used and getattr(self, name) != type(self).model_fields[name].default:
-                raise ValueError(
-                    f"`{name}` takes no effect with {owner}: {getattr(self, owner)}; leave it out"
+                remedy = (
+                    "set timesteps: logit_normal, or leave it out" if owner == "timesteps" else "leave it out"
                 )
+                raise ValueError(f"`{name}` takes no effect with {owner}: {getattr(self, owner)}; {remedy}")
         return self

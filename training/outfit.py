@@ -92,8 +92,7 @@ def read_outfit(
     if (folder / CHANGED).is_file():
         whole = {**{name: value.cpu() for name, value in pristine.items()}, **load_file(folder / CHANGED)}
     else:
-        fixed = {f"{part}.{name}" for part, model in models.items() for name, _ in model.named_buffers()}
-        whole = {name: value for name, value in read_weights(folder).items() if name not in fixed}
+        whole = read_weights(folder, models)
     misfits = [
         name
         for name in sorted(whole.keys() | pristine.keys())

@@ -21,11 +21,15 @@ _TEXT_PREFIX = (
 )
 
 
-def read_weights(folder: Path) -> dict[str, torch.Tensor]:
+def read_weights(folder: Path, models: Mapping[str, nn.Module]) -> dict[str, torch.Tensor]:
     """What `save_pipeline` wrote of the trained models: their parameters by `PART.NAME`.
 
     New tokens are left out of embeddings, whose rows are then those of the base.
     The libraries' own loaders patch torch for all threads while they load; this may run beside a model at work.
+
+    Args:
+        folder: Of the pipeline.
+        models: By part, for the names of their buffers, such as the places that a transformer knows: no parameters.
     """
     found: dict[str, torch.Tensor] = {}
     kind = kind_of(read_json(folder / "model_index.json", str(folder)), str(folder))
@@ -36,7 +40,8 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     if tokens := read_tokens(folder):
         for name in embedding_names(found).values():
             found[name] = found[name][: -tokens.count]
-    return found
+    fixed = {f"{part}.{name}" for part, model in models.items() for name, _ in model.named_buffers()}
+    return {name: value for name, value in found.items() if name not in fixed}
 
 
 def save_pipeline(base: BaseInfo, unet: nn.Module, text_encoder: nn.Module, folder: Path) -> None:
@@ -59,7 +64,7 @@ def save_pipeline(base: BaseInfo, unet: nn.Module, text_encoder: nn.Module, fold
     }
     frozen = (part for part in kind.texts if part not in kind.trainable)
     whole_folders = ("vae", *kind.tokenizers, *frozen)
-    for file in used_files(base.path):
+    for file in used_files(base.path, kind):
         name = file.relative_to(base.path)
         if (file.suffix == ".json" and ".index." not in file.name) or name.parts[0] in whole_folders:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)

@@ -112,7 +112,7 @@ def _are_linear(base: BaseInfo, part: str, targets: Sequence[str]) -> bool:
 def weight_shapes(base: BaseInfo, part: str) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the weights (of no biases) of a part of a base, from the heads of its files."""
     shapes: dict[str, tuple[int, ...]] = {}
-    for file in used_files(base.path):
+    for file in used_files(base.path, base.kind):
         if file.parent.name == part and file.suffix == ".safetensors":
             with safe_open(file, "np") as weights:
                 names = [name for name in weights.keys() if name.endswith(".weight")]  # noqa: SIM118

@@ -15,10 +15,11 @@ from cluster.storage import Storage
 from orchestrator.export import Format, export
 from orchestrator.importing import import_lora
 from training.artifact import Identity, artifact_meta, artifact_path, open_artifact, write_weights
+from training.conditioning import trained_parts
 from training.defaults import with_defaults
 from training.draw import Drawer
 from training.lora import attach
-from training.pipeline import load_text_encoder, load_unet, open_base
+from training.pipeline import BaseInfo, load_text_encoder, load_unet, open_base
 from training.recipe import Run
 from training.request import DrawRequest
 
@@ -41,13 +42,18 @@ def booth(tiny_sd3: Path, tmp_path_factory: pytest.TempPathFactory) -> Storage:
         torch.manual_seed(3)
         for p in (p for m in (unet, text_encoder) for p in m.parameters() if p.requires_grad):
             nn.init.normal_(p, std=0.3)
-    folder = tmp_path_factory.mktemp("rex")
-    write_weights(info, run, unet, text_encoder, folder)
-    identity = Identity("zwx", "dog", "a {identifier} {class}", (1,))
-    storage.publish(folder, artifact_path("rex", "v1"), artifact_meta(info, run, identity, "rex", None, {}))
-    entry = {"artifact": artifact_path("rex", "v1"), "fingerprint": "rex", "method": "lora"}
-    Registry(storage).add("rex", "v1", entry)
+    register(storage, info, run, "rex", unet, text_encoder, tmp_path_factory.mktemp("rex"))
     return storage
+
+
+def register(
+    storage: Storage, info: BaseInfo, run: Run, name: str, unet: nn.Module, text: nn.Module, folder: Path
+) -> None:
+    write_weights(info, run, unet, text, folder)
+    identity = Identity("zwx", "dog", "a {identifier} {class}", (1,))
+    storage.publish(folder, artifact_path(name, "v1"), artifact_meta(info, run, identity, name, None, {}))
+    entry = {"artifact": artifact_path(name, "v1"), "fingerprint": name, "method": run.train.method}
+    Registry(storage).add(name, "v1", entry)
 
 
 def ours(storage: Storage, name: str) -> np.ndarray:
@@ -77,6 +83,30 @@ def test_stock_diffusers_draws_what_was_exported(
     assert done.holds == ("pipeline" if merged else "lora")
     assert apart.max() <= 1 and (apart > 0).mean() <= 0.05
     assert np.abs(theirs(tiny_sd3) - ours(booth, "rex")).mean() > 3  # it is at work
+
+
+def test_a_lora_is_extracted_from_whole_weights(booth: Storage, tiny_sd3: Path, tmp_path: Path) -> None:
+    info = open_base(str(tiny_sd3))
+    sections: dict[str, Any] = {
+        "base": {"model": str(tiny_sd3)},
+        "subject": {"name": "ada", "class": "dog", "images": ["x"]},
+        "train": {"method": "full", "text_encoder": {"train": True}},
+    }
+    unet, text_encoder = load_unet(info), load_text_encoder(info)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        for model in trained_parts(unet, text_encoder).values():
+            for name, p in model.named_parameters():
+                if name.endswith(("to_q.weight", "q_proj.weight")):
+                    p.data += 0.3 * torch.randn(len(p), 1) @ torch.randn(1, p.shape[1])
+    run = Run.model_validate(with_defaults(sections))
+    register(booth, info, run, "ada", unet, text_encoder, tmp_path / "ada")
+    done = export(booth, "ada", None, "diffusers", tmp_path / "out", rank=1)
+    assert (done.holds, done.rank, done.uncovered) == ("lora", 1, 0.0)
+    assert done.error is not None and done.error < 1e-3  # the change is of rank 1
+    apart = np.abs(ours(booth, "ada") - theirs(tiny_sd3, Path(done.path)))
+    assert apart.max() <= 1 and (apart > 0).mean() <= 0.05
+    assert np.abs(theirs(tiny_sd3) - ours(booth, "ada")).mean() > 3
 
 
 def test_a_lora_comes_back_as_a_version_that_draws_the_same(

@@ -13,7 +13,8 @@ from transformers.models.vit.modeling_vit import ViTModel
 from cluster.errors import UserError
 from pocket.clip import embed_images, embed_texts, load_clip
 from pocket.subject import subject_photos
-from training.embedders import Embedder, decoded
+from training.basekind import KINDS
+from training.embedders import DEFAULTS, Embedder, decoded
 from training.pipeline import load_tokenizer, open_base
 from training.png import encode_png
 
@@ -23,6 +24,10 @@ LOOK = {"size": {"height": 32, "width": 32}, "image_mean": [0.5] * 3, "image_std
 @pytest.fixture(scope="module")
 def pictures() -> list[Image.Image]:
     return [photo.resize((64, 64)) for photo in subject_photos("robot", 3)]
+
+
+def test_every_family_has_embedders() -> None:
+    assert DEFAULTS.keys() == {"pocket", *(kind.family for kind in KINDS)}
 
 
 def test_pockets_clip_gives_the_vectors_that_it_was_trained_to_give(pictures: list[Image.Image]) -> None:

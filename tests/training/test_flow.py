@@ -76,6 +76,13 @@ def test_a_scheduler_that_does_otherwise_is_refused(setting: str) -> None:
         noise_process({**config(3.0), setting: True})
 
 
+@pytest.mark.parametrize("shift", [None, 0, -1.0, "3", float("inf")])
+def test_a_shift_that_is_no_number_above_0_is_refused(shift: Any) -> None:
+    with pytest.raises(UserError, match="shift") as refused:
+        noise_process({**config(3.0), "shift": shift})
+    assert refused.value.seen == f"it is {shift!r}" and "leave it out" in refused.value.do
+
+
 @pytest.mark.parametrize(
     ("objective", "said"),
     [
@@ -113,6 +120,6 @@ def test_timesteps_in_the_middle_are_the_most_frequent() -> None:
 
 
 def test_a_density_that_takes_no_effect_is_refused() -> None:
-    with pytest.raises(ValidationError, match="logit_mean"):
+    with pytest.raises(ValidationError, match=r"`logit_mean` takes no effect.*set timesteps: logit_normal"):
         Objective(logit_mean=1.0)
     assert Objective(timesteps="logit_normal", logit_mean=1.0).logit_mean == 1.0

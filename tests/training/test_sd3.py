@@ -21,9 +21,10 @@ from cluster.storage import Storage
 from training.artifact import open_artifact, write_weights
 from training.bank_key import bankable
 from training.bank_run import train_bank
+from training.basefolder import used_files
 from training.batches import Batches
 from training.ceiling import memory_ceiling
-from training.conditioning import encode_text, trained_parts
+from training.conditioning import encode_text, never_trained, trained_parts
 from training.defaults import with_defaults
 from training.draw import Drawer
 from training.lease import Lease
@@ -89,6 +90,11 @@ def test_what_a_base_says_of_itself_is_read_from_it(tiny_sd3: Path, tiny_sd3_wit
     [
         ("transformer/config.json", {"joint_attention_dim": 48}, "does not fit its text encoders"),
         ("transformer/config.json", {"pooled_projection_dim": 55}, "does not fit its text encoders"),
+        ("transformer/config.json", {"joint_attention_dim": None}, "no number joint_attention_dim"),
+        ("transformer/config.json", {"pooled_projection_dim": None}, "no number pooled_projection_dim"),
+        ("transformer/config.json", {"pos_embed_max_size": None}, "no number pos_embed_max_size"),
+        ("text_encoder_3/config.json", {"d_model": None}, "no number d_model"),
+        ("scheduler/scheduler_config.json", {"shift": None}, "no number above 0"),
         ("scheduler/scheduler_config.json", {"_class_name": "DDIMScheduler"}, "FlowMatchEuler"),
         ("scheduler/scheduler_config.json", {"use_dynamic_shifting": True}, "use_dynamic_shifting"),
         ("tokenizer_3/tokenizer.json", None, "not complete"),
@@ -106,6 +112,20 @@ def test_a_base_that_does_not_fit_is_refused(
     with pytest.raises(UserError) as refused:
         open_base(str(folder))
     assert said in str(refused.value) and refused.value.do
+
+
+def test_a_t5_that_the_index_leaves_out_is_not_read_where_its_folder_stays(
+    tiny_sd3: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "base"
+    shutil.copytree(tiny_sd3, folder)
+    edited(folder, "model_index.json", text_encoder_3=[None, None], tokenizer_3=[None, None])
+    with_folders = open_base(str(folder))
+    parts = {file.parent.name for file in used_files(folder, with_folders.kind)}
+    assert "tokenizer_2" in parts and not parts & {"text_encoder_3", "tokenizer_3"}
+    for name in ("text_encoder_3", "tokenizer_3"):
+        shutil.rmtree(folder / name)
+    assert open_base(str(folder)).revision == with_folders.revision
 
 
 def test_a_flow_is_refused_for_a_base_of_diffusion(tiny_base: Path, tmp_path: Path) -> None:
@@ -351,6 +371,20 @@ def test_a_bank_trains_what_a_run_alone_trains(
             assert (together[key] - value).abs().mean() < 1e-6, key
 
 
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_full_run_shares_the_t5_that_it_never_trains(
+    stage: int, resident: ResidentBase, make_sd3_job: Callable[..., Lease]
+) -> None:
+    lease = make_sd3_job("rex", train={"method": "full", "text_encoder": {"train": True}})
+    module = build_module(resident, lease.recipe, lease, stage)
+    assert module.text_encoder is not None
+    base = {id(p) for part in (resident.unet, resident.text_encoder) for p in part.parameters()}
+    shared = {id(p) for p in module.parameters()} & base
+    t5 = {id(p) for p in never_trained(resident.text_encoder)}
+    assert t5 and shared == (t5 if stage < 3 else set())  # ZeRO-3 shards what is frozen too
+    assert not any(p.requires_grad for p in resident.text_encoder.parameters())
+
+
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_memory_is_estimated_from_all_parts(method: str, tiny_sd3: Path) -> None:
     base = open_base(str(tiny_sd3))
@@ -361,6 +395,8 @@ def test_memory_is_estimated_from_all_parts(method: str, tiny_sd3: Path) -> None
         for train in (True, False)
     )
     assert with_text.base >= every and with_text.optimizer > bare.optimizer
+    if method == "full":
+        assert with_text.weights == every - sum(4 * p.numel() for p in never_trained(models[1]))
     ceiling = memory_ceiling(base, run_of(tiny_sd3, method=method, text_encoder={"train": True}), "cpu")
     assert with_text.libraries < with_text.peak < ceiling
 
