@@ -59,6 +59,11 @@ def export(
         )
         if done.embedding is not None:
             output.say(f"its own tokens are in {done.embedding}, an embedding to be loaded beside it")
+        if done.silent_velocity:
+            output.say(
+                "it predicts velocity, which a file of Stable Diffusion 1.x cannot say: tell who draws with it, "
+                "ComfyUI by ModelSamplingDiscrete, AUTOMATIC1111 by a YAML beside it"
+            )
         if done.error is not None and done.uncovered is not None:
             output.say(
                 f"extracted at rank {done.rank}: {done.error:.1%} of the change of its layers is lost, and "

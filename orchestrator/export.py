@@ -27,7 +27,9 @@ from training.pipeline import (
     BaseInfo,
     empty_text_encoder,
     empty_unet,
+    end_id,
     load_text_encoder,
+    load_tokenizer,
     load_unet,
     load_vae,
     open_base,
@@ -62,6 +64,8 @@ class Exported:
     """Likewise: how much of the whole change is in parameters that it does not cover, 0 to 1."""
     embedding: str | None = None
     """Absolute: the file with the subject's own tokens, where they are not in what was written."""
+    silent_velocity: bool = False
+    """Whether it is a checkpoint that predicts velocity and cannot say so: who draws with it has to."""
 
 
 def export(
@@ -104,6 +108,7 @@ def export(
         identity = artifact.identity
         prompt = render_prompt("{subject}", identity.class_noun, identity.identifier, identity.template)
         extraction: Extraction | None = None
+        silent = base.kind.family == "sd" and base.prediction_type == "v_prediction"
         if whole:
             _write_whole(artifact, base, wanted, target)
         else:
@@ -124,6 +129,7 @@ def export(
         extraction.error if extraction else None,
         extraction.uncovered if extraction else None,
         str(beside.resolve()) if beside else None,
+        silent and whole and wanted != "diffusers",
     )
 
 
@@ -207,6 +213,8 @@ def _write_whole(artifact: OpenArtifact, base: BaseInfo, wanted: Format, target:
         shutil.copytree(artifact.folder, target, dirs_exist_ok=True)
         return
     parameters = _parameters(artifact, base)
+    objective = Objective.model_validate(artifact.manifest["recipe"]["train"].get("objective", {}))
+    scheduler = trained_scheduler(base.scheduler, objective)
     if wanted != "diffusers":
         settings = part_settings(base, "unet")
         if base.kind.family == "sd" and int(settings["cross_attention_dim"]) == 1024:
@@ -215,7 +223,7 @@ def _write_whole(artifact: OpenArtifact, base: BaseInfo, wanted: Format, target:
                 "single files of Stable Diffusion 2.x have OpenCLIP's text encoder, whose last layer the base lacks",
                 "use --format diffusers",
             )
-        tensors = single_file(parameters, load_vae(base).state_dict(), settings)
+        tensors = single_file(parameters, load_vae(base).state_dict(), settings, scheduler)
         save_file(tensors, target, metadata={"format": "pt"})
         return
     unet, text_encoder = load_unet(base), load_text_encoder(base)
@@ -223,11 +231,10 @@ def _write_whole(artifact: OpenArtifact, base: BaseInfo, wanted: Format, target:
         for name, parameter in model.named_parameters():
             parameter.data = parameters[f"{part}.{name}"]
     if tokens := read_tokens(artifact.folder):
-        grow(text_encoder, tokens)
+        grow(text_encoder, tokens, end_id(load_tokenizer(base)))
     save_pipeline(base, unet, text_encoder, target)
-    objective = Objective.model_validate(artifact.manifest["recipe"]["train"].get("objective", {}))
     if objective.zero_terminal_snr:
-        write_scheduler(target, trained_scheduler(base.scheduler, objective))
+        write_scheduler(target, scheduler)
 
 
 def _write_lora(

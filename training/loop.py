@@ -26,7 +26,7 @@ from training.module import DreamBoothModule
 from training.new_tokens import grow, started
 from training.noise import noise_process, trained_scheduler
 from training.patience import Patience
-from training.pipeline import BaseInfo, load_text_encoder, load_unet, open_base
+from training.pipeline import BaseInfo, end_id, load_text_encoder, load_tokenizer, load_unet, open_base
 from training.recipe import Run
 from training.services import Services
 from training.teacher import Teacher
@@ -153,9 +153,10 @@ def build_module(base: ResidentBase, run: Run, lease: Lease, stage: int) -> Drea
     if train.new_tokens.count:
         identity = Identity.from_json(lease.identity)
         start = started(pristine, identity.identifier, identity.initializer_ids, train.new_tokens.count)
-        grow(text_encoder, start)
+        end = end_id(load_tokenizer(base.info))
+        grow(text_encoder, start, end)
         _, pristine = base.fresh(share=True)  # prompts name the subject, so what the base says wants them too
-        grow(pristine, start)
+        grow(pristine, start, end)
     prompts = torch.tensor(lease.prompts, device=base.device)
     taught = run.prior.target == "base" and run.prior.weight > 0
     module = DreamBoothModule(

@@ -20,6 +20,7 @@ from torch import nn
 
 from cluster.errors import SystemFailure
 from training.conditioning import text_parts
+from training.imports import making
 
 FILE = "learned_embeds.safetensors"  # what diffusers' load_textual_inversion looks for
 OF_AUTOMATIC = "emb_params"  # what AUTOMATIC1111, ComfyUI and kohya call the one tensor of such a file
@@ -93,24 +94,35 @@ def started(text_encoder: nn.Module, word: str, initializer_ids: Sequence[int], 
     return NewTokens(word, rows)
 
 
-def grow(text_encoder: nn.Module, tokens: NewTokens) -> None:
-    """Have a text encoder, in place, know new tokens; their embeddings require a gradient, the base's do not."""
-    for part, model in text_parts(text_encoder).items():
-        grown = GrownEmbedding(_embedding(model), tokens.word, tokens.embeddings[part])
-        cast(Any, model).set_input_embeddings(grown)
+def grow(text_encoder: nn.Module, tokens: NewTokens, end: int) -> None:
+    """Have a text encoder, in place, know new tokens; their embeddings require a gradient, the base's do not.
+
+    Args:
+        text_encoder: Of the base.
+        tokens: New to it.
+        end: The id that ends a prompt, its tokenizers' `eos_token_id`: what is pooled is pooled there. The configs of
+            published bases say 2, and transformers then pools at the highest id, which is that of a new token.
+    """
+    with making:  # a row's, while another thread may load a model
+        for part, model in text_parts(text_encoder).items():
+            grown = GrownEmbedding(_embedding(model), tokens.word, tokens.embeddings[part])
+            cast(Any, model).set_input_embeddings(grown)
+            _pooling(model).eos_token_id = end
 
 
 @contextmanager
-def knowing(text_encoder: nn.Module, tokens: NewTokens | None) -> Iterator[None]:
-    """A context in which a text encoder knows new tokens, if there are any."""
-    plain = {model: _embedding(model) for model in text_parts(text_encoder).values()}
+def knowing(text_encoder: nn.Module, tokens: NewTokens | None, end: int) -> Iterator[None]:
+    """A context in which a text encoder knows new tokens, if there are any; `end` as of `grow`."""
+    models = text_parts(text_encoder).values()
+    plain = [(model, _embedding(model), _pooling(model).eos_token_id) for model in models]
     if tokens is not None:
-        grow(text_encoder, tokens)
+        grow(text_encoder, tokens, end)
     try:
         yield
     finally:
-        for model, embedding in plain.items():
+        for model, embedding, pooled_at in plain:
             cast(Any, model).set_input_embeddings(embedding)
+            _pooling(model).eos_token_id = pooled_at
 
 
 def learned(text_encoder: nn.Module) -> NewTokens | None:
@@ -177,3 +189,8 @@ def read_tokens(folder: Path) -> NewTokens | None:
 
 def _embedding(text_encoder: nn.Module) -> nn.Embedding:
     return cast(nn.Embedding, cast(Any, text_encoder).get_input_embeddings())
+
+
+def _pooling(text_encoder: nn.Module) -> Any:
+    """The module of a text encoder that pools."""
+    return getattr(text_encoder, "text_model", text_encoder)

@@ -164,6 +164,11 @@ def tokenizers(tokenizer: Any) -> tuple[Any, ...]:
     return tokenizer if isinstance(tokenizer, tuple) else (tokenizer,)
 
 
+def end_id(tokenizer: Any) -> int:
+    """The id that ends a prompt, in the first tokenizer; `tokenizer` is of `load_tokenizer`."""
+    return int(tokenizers(tokenizer)[0].eos_token_id)
+
+
 def token_ids(
     tokenizer: Any, prompts: Sequence[str], limit: int, words: Mapping[str, Sequence[int]] = {}
 ) -> torch.Tensor:

@@ -14,7 +14,7 @@ from training.basefolder import read_json, used_files
 from training.basekind import CLIP, BaseKind, kind_of
 from training.conditioning import text_parts, trained_parts
 from training.new_tokens import embedding_names, learned, read_tokens, whole_state
-from training.pipeline import BaseInfo, load_tokenizer, part_settings, tokenizers
+from training.pipeline import BaseInfo, end_id, load_tokenizer, part_settings, tokenizers
 
 _TEXT_PREFIX = (
     "text_model."  # before a `CLIPTextModel`'s names: transformers before 5 need it, later ones drop it
@@ -70,13 +70,15 @@ def save_pipeline(base: BaseInfo, unet: nn.Module, text_encoder: nn.Module, fold
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, folder / name)
     tokens = learned(text_encoder)
+    tokenizer = load_tokenizer(base) if tokens else None
     for part in text_parts(text_encoder):
         config = _fp32(part_settings(base, part))
         if tokens:
             config["vocab_size"] += tokens.count
+            config["eos_token_id"] = end_id(tokenizer)  # or stock transformers pools elsewhere
         (folder / part / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     if tokens:
-        _add_to_tokenizers(base, tokens.names, folder)
+        _add_to_tokenizers(base, tokenizer, tokens.names, folder)
     for path, tensors in weights.items():
         whole = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
         save_file(whole, folder / path, metadata={"format": "pt"})
@@ -85,12 +87,12 @@ def save_pipeline(base: BaseInfo, unet: nn.Module, text_encoder: nn.Module, fold
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _add_to_tokenizers(base: BaseInfo, names: Sequence[str], folder: Path) -> None:
-    """Have copies of the base's tokenizers know further tokens, in either of the forms in which they are read."""
-    for part, tokenizer in zip(base.kind.tokenizers, tokenizers(load_tokenizer(base)), strict=True):
-        added = {name: len(tokenizer) + number for number, name in enumerate(names)}
-        tokenizer.add_tokens(list(names))
-        (folder / part / "tokenizer.json").write_text(tokenizer.backend_tokenizer.to_str(pretty=True) + "\n")
+def _add_to_tokenizers(base: BaseInfo, tokenizer: Any, names: Sequence[str], folder: Path) -> None:
+    """Have tokenizers, and copies of their files, know further tokens: in either form in which they are read."""
+    for part, each in zip(base.kind.tokenizers, tokenizers(tokenizer), strict=True):
+        added = {name: len(each) + number for number, name in enumerate(names)}
+        each.add_tokens(list(names))
+        (folder / part / "tokenizer.json").write_text(each.backend_tokenizer.to_str(pretty=True) + "\n")
         (folder / part / "added_tokens.json").write_text(json.dumps(added, indent=2) + "\n")
 
 

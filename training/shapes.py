@@ -30,7 +30,7 @@ def trained_shapes(base: BaseInfo, train: Train) -> tuple[nn.Module, nn.Module]:
         text_encoder.requires_grad_(train.text_encoder.train)
     leave_unread(text_encoder)
     if train.new_tokens.count:
-        grow(text_encoder, started(text_encoder, "", (0,), train.new_tokens.count))
+        grow(text_encoder, started(text_encoder, "", (0,), train.new_tokens.count), end=0)
     return unet, text_encoder
 
 

@@ -49,12 +49,16 @@ _OPEN_CLIP = {
     "mlp.fc1": "mlp.c_fc",
     "mlp.fc2": "mlp.c_proj",
 }
+VELOCITY, ZERO_SNR = "v_pred", "ztsnr"  # what marks are called
 _FUSED = ("q_proj", "k_proj", "v_proj")  # one after the other in open_clip's `in_proj`
 _VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 
 
 def single_file(
-    parameters: Mapping[str, torch.Tensor], vae: Mapping[str, torch.Tensor], unet_config: Mapping[str, Any]
+    parameters: Mapping[str, torch.Tensor],
+    vae: Mapping[str, torch.Tensor],
+    unet_config: Mapping[str, Any],
+    scheduler: Mapping[str, Any],
 ) -> dict[str, torch.Tensor]:
     """The tensors of one checkpoint.
 
@@ -63,6 +67,8 @@ def single_file(
             `text_encoder_2.NAME`.
         vae: Those of the VAE.
         unet_config: The UNet's config.
+        scheduler: The config that is drawn with. Of an SDXL that predicts velocity the file says so, as ComfyUI and
+            AUTOMATIC1111 look for it: by empty tensors. There is no such mark of a Stable Diffusion 1.x.
 
     Raises:
         UserError: The base has parts that such files have no names for.
@@ -84,6 +90,10 @@ def single_file(
         # attention there is by 1 x 1 convolutions
         shaped = value[..., None, None] if ".attn_1." in key and value.dim() == 2 else value
         out[f"first_stage_model.{key}"] = shaped
+    if second and scheduler.get("prediction_type") == "v_prediction":
+        out[VELOCITY] = torch.empty(0)
+        if scheduler.get("rescale_betas_zero_snr"):
+            out[ZERO_SNR] = torch.empty(0)
     return {key: value.detach().float().cpu().contiguous() for key, value in out.items()}
 
 

@@ -36,6 +36,7 @@ from training.outfit import PLAIN, Outfit, Weights, read_outfit
 from training.pipeline import (
     BaseInfo,
     decode_latents,
+    end_id,
     load_text_encoder,
     load_tokenizer,
     load_unet,
@@ -111,6 +112,7 @@ class Studio:
             self.vae = self.vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.schedule = noise_process(base.scheduler)
         self._tokenizer, self._tokenizing = load_tokenizer(base), threading.Lock()
+        self._end = end_id(self._tokenizer)
         self._parameters = {
             f"{part}.{name}": parameter
             for part, model in self.models.items()
@@ -233,7 +235,7 @@ class Studio:
         kept = self._texts.setdefault(PLAIN if of_base else outfit, OrderedDict())
         if prompt not in kept:
             self._wear_text(outfit)
-            with knowing(self.text_encoder, outfit.tokens):
+            with knowing(self.text_encoder, outfit.tokens, self._end):
                 kept[prompt] = encode_text(self.text_encoder, self._ids(prompt, outfit).to(self.device))
             if len(kept) > PROMPTS_KEPT:
                 kept.popitem(last=False)

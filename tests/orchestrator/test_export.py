@@ -24,7 +24,7 @@ from training.artifact import Identity, artifact_meta, artifact_path, open_artif
 from training.draw import Drawer
 from training.lora import attach
 from training.new_tokens import grow, started
-from training.pipeline import load_text_encoder, load_unet, open_base
+from training.pipeline import end_id, load_text_encoder, load_tokenizer, load_unet, open_base
 from training.recipe import Run
 from training.request import DrawRequest
 
@@ -66,7 +66,7 @@ def booth(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Storage:
                     layer.weight.data.add_(low, alpha=0.03)
             if count:
                 moved = {part: torch.randn_like(rows) * 0.3 for part, rows in start.embeddings.items()}
-                grow(text_encoder, replace(start, embeddings=moved))
+                grow(text_encoder, replace(start, embeddings=moved), end_id(load_tokenizer(info)))
         write_weights(info, run, unet, text_encoder, folder)
         word, initializer_ids = ("<zwx>", (97,)) if count else ("zwx", ())
         identity = Identity(word, "dog", "a {identifier} {class}", (1,), initializer_ids)
@@ -255,6 +255,20 @@ def test_what_is_no_lora_of_the_base_is_refused(
     (tmp_path / "x.ckpt").write_bytes(b"\x80\x04pickle")
     with pytest.raises(UserError, match="pickles are not read"):
         import_lora(booth, tmp_path / "x.ckpt", "x", "dog", "zwx", str(tiny_base))
+
+
+def test_who_exports_is_told_of_velocity_that_a_file_cannot_say(
+    booth: Storage, tiny_base_v: Path, tmp_path: Path
+) -> None:
+    file = Path(export(booth, "rex", None, "kohya", tmp_path / "lora").path)
+    import_lora(booth, file, "moving", "dog", "zwx", str(tiny_base_v))
+    options = ["--format", "single-file", "--storage", booth.uri, "--out", str(tmp_path)]
+    for name, told in (("moving", True), ("rex", False)):
+        done = CliRunner().invoke(app, ["export", name, *options, "--json"])
+        assert json.loads(done.stdout.splitlines()[-1])["silent_velocity"] == told
+        assert ("predicts velocity" in done.stderr) == told
+    assert not export(booth, "moving", None, "diffusers", tmp_path / "whole", merged=True).silent_velocity
+    assert not export(booth, "moving", None, "kohya", tmp_path / "back").silent_velocity
 
 
 def test_the_commands_answer_in_json(booth: Storage, tiny_base: Path, tmp_path: Path) -> None:

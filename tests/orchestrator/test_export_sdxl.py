@@ -1,5 +1,7 @@
 """What is exported of an SDXL draws the same picture in stock diffusers, and comes back as the same version."""
 
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from training.artifact import Identity, artifact_meta, artifact_path, open_artif
 from training.draw import Drawer
 from training.lora import attach
 from training.new_tokens import grow, started
-from training.pipeline import load_text_encoder, load_unet, open_base
+from training.pipeline import end_id, load_text_encoder, load_tokenizer, load_unet, open_base
 from training.recipe import Run
 from training.request import DrawRequest
 
@@ -45,31 +47,36 @@ KINDS: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module")
 def booth(tiny_sdxl: Path, tmp_path_factory: pytest.TempPathFactory) -> Storage:
     """Artifacts as if trained, registered."""
-    storage, info = Storage(str(tmp_path_factory.mktemp("booth"))), open_base(str(tiny_sdxl))
+    storage = Storage(str(tmp_path_factory.mktemp("booth")))
     for name, train in KINDS.items():
-        subject = {"name": name, "class": "dog", "images": ["x"]}
-        run = Run.model_validate({"base": {"model": str(tiny_sdxl)}, "subject": subject, "train": train})
-        unet, text_encoder = load_unet(info), load_text_encoder(info)
-        start = started(text_encoder, WORD, [97], max(1, run.train.new_tokens.count))
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(3)
-            if run.train.method == "lora":
-                attach(unet, text_encoder, run.train.lora, run.train.text_encoder.train, seed=1)
-            else:
-                for p in (*unet.parameters(), *text_encoder.parameters()):
-                    p.data.add_(torch.randn_like(p), alpha=0.02)
-            if run.train.new_tokens.count:
-                grow(text_encoder, start)
-            for p in (p for m in (unet, text_encoder) for p in m.parameters() if p.requires_grad):
-                nn.init.normal_(p, std=0.3)
-        folder = tmp_path_factory.mktemp(name)
-        write_weights(info, run, unet, text_encoder, folder)
-        word, initializer_ids = (WORD, (97,)) if run.train.new_tokens.count else ("zwx", ())
-        identity = Identity(word, "dog", "a {identifier} {class}", (1,), initializer_ids)
-        storage.publish(folder, artifact_path(name, "v1"), artifact_meta(info, run, identity, name, None, {}))
-        entry = {"artifact": artifact_path(name, "v1"), "fingerprint": name, "method": run.train.method}
-        Registry(storage).add(name, "v1", entry)
+        publish(storage, tiny_sdxl, name, train, tmp_path_factory.mktemp(name))
     return storage
+
+
+def publish(storage: Storage, base: Path, name: str, train: dict[str, Any], folder: Path) -> None:
+    """Register an artifact as if trained; `folder` takes it first."""
+    info = open_base(str(base))
+    subject = {"name": name, "class": "dog", "images": ["x"]}
+    run = Run.model_validate({"base": {"model": str(base)}, "subject": subject, "train": train})
+    unet, text_encoder = load_unet(info), load_text_encoder(info)
+    start = started(text_encoder, WORD, [97], max(1, run.train.new_tokens.count))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        if run.train.method == "lora":
+            attach(unet, text_encoder, run.train.lora, run.train.text_encoder.train, seed=1)
+        else:
+            for p in (*unet.parameters(), *text_encoder.parameters()):
+                p.data.add_(torch.randn_like(p), alpha=0.02)
+        if run.train.new_tokens.count:
+            grow(text_encoder, start, end_id(load_tokenizer(info)))
+        for p in (p for m in (unet, text_encoder) for p in m.parameters() if p.requires_grad):
+            nn.init.normal_(p, std=0.3)
+    write_weights(info, run, unet, text_encoder, folder)
+    word, initializer_ids = (WORD, (97,)) if run.train.new_tokens.count else ("zwx", ())
+    identity = Identity(word, "dog", "a {identifier} {class}", (1,), initializer_ids)
+    storage.publish(folder, artifact_path(name, "v1"), artifact_meta(info, run, identity, name, None, {}))
+    entry = {"artifact": artifact_path(name, "v1"), "fingerprint": name, "method": run.train.method}
+    Registry(storage).add(name, "v1", entry)
 
 
 def prompt_of(name: str) -> str:
@@ -140,6 +147,30 @@ def test_stock_diffusers_draws_what_was_exported(
     assert apart.max() <= 1 and (apart > 0).mean() <= 0.05
     plain = StableDiffusionXLPipeline.from_pretrained(tiny_sdxl, add_watermarker=False)
     assert np.abs(theirs(plain, "a photo of a zwx dog") - drawn).mean() > 3  # it is at work
+
+
+@pytest.mark.parametrize("down_to_noise", [False, True])
+def test_a_single_file_says_that_it_predicts_velocity(
+    booth: Storage, tiny_sdxl: Path, tmp_path: Path, down_to_noise: bool
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny_sdxl, base)
+    path = base / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "prediction_type": "v_prediction"}))
+    storage, marks = Storage(str(tmp_path / "booth")), {"v_pred", "ztsnr"}
+    train = KINDS["rex"] | {"objective": {"zero_terminal_snr": down_to_noise}}
+    publish(storage, base, "rex", train, tmp_path / "rex")
+    done = export(storage, "rex", None, "single-file", tmp_path / "out")
+    found = {key: tensor.numel() for key, tensor in load_file(done.path).items() if key in marks}
+    assert found == {"v_pred": 0} | ({"ztsnr": 0} if down_to_noise else {})
+    assert not done.silent_velocity
+    pipe = loaded(done, base)
+    more = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"} if down_to_noise else {}
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, **more)
+    apart = np.abs(ours(storage, "rex") - theirs(pipe, prompt_of("rex")))
+    assert apart.max() <= 1 and (apart > 0).mean() <= 0.05
+    plain = export(booth, "rex", None, "single-file", tmp_path / "plain")
+    assert not marks & load_file(plain.path).keys()
 
 
 @pytest.mark.parametrize(("name", "wanted"), [("rex", "diffusers"), ("rex", "kohya"), ("token", "kohya")])

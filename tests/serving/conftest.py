@@ -32,7 +32,7 @@ from training.artifact import (
 from training.draw import Drawer
 from training.lora import attach
 from training.new_tokens import grow, started
-from training.pipeline import BaseInfo, load_text_encoder, load_tokenizer, load_unet, open_base
+from training.pipeline import BaseInfo, end_id, load_text_encoder, load_tokenizer, load_unet, open_base
 from training.png import encode_png
 from training.prompt import render_prompt
 from training.recipe import Run
@@ -333,7 +333,8 @@ def register_kind(
         else:
             attach(unet, text_encoder, run.train.lora, run.train.text_encoder.train, seed=0)
             if run.train.new_tokens.count:
-                grow(text_encoder, started(text_encoder, "<zwx>", [97], run.train.new_tokens.count))
+                start = started(text_encoder, "<zwx>", [97], run.train.new_tokens.count)
+                grow(text_encoder, start, end_id(load_tokenizer(base)))
             for p in (p for m in (unet, text_encoder) for p in m.parameters() if p.requires_grad):
                 nn.init.normal_(p, std=0.3)
     write_weights(base, run, unet, text_encoder, scratch)

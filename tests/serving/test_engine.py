@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from accelerate import init_empty_weights
 
 from cluster.errors import SystemFailure, UserError
 from cluster.storage import Storage
@@ -16,6 +17,7 @@ from serving.engine import Engine, EngineSettings
 from serving.protocol import DeadlinePassed, Draining, Drawn, ImageOrder, Joined, QueueFull, Stepped
 from training.artifact import open_artifact
 from training.draw import Drawer
+from training.imports import loading
 from training.pipeline import BaseInfo, open_base
 from training.png import decode_png, png_parameters
 from training.prompt import render_prompt
@@ -111,6 +113,17 @@ def test_subjects_methods_sizes_and_samplers_together_come_out_as_alone(
     assert (stats["images"], stats["running"], stats["waiting"]) == (len(MIXED), 0, 0)
     assert stats["steps"] == sum(request.steps for _, request in MIXED)
     assert (stats["subjects"], stats["cache_hits"] + stats["cache_misses"]) == (8, 9)
+
+
+def test_new_tokens_wait_while_another_thread_loads_a_model(
+    engine_of: Make, zoo: Storage, base: BaseInfo
+) -> None:
+    request = DrawRequest(PROMPT, 7, steps=2)
+    engine = engine_of(zoo)
+    with loading(), init_empty_weights():  # as diffusers loads: modules of all threads come out empty
+        asked = Asked(engine, "a", "token", request)
+        time.sleep(0.5)
+    assert (decode_png(asked.until(Drawn).png) == drawn_alone(base, zoo, "token", request)).all()
 
 
 def test_images_of_an_sdxl_together_come_out_as_alone(engine_of: Make, tiny_sdxl: Path) -> None:

@@ -1,5 +1,7 @@
 """Tokens of a subject's own: what is trained of them, what is not, and that stock diffusers takes them."""
 
+import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +14,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from safetensors.torch import load_file
 from torch import nn
+from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
 from cluster.errors import SystemFailure, UserError
 from cluster.storage import Storage
@@ -19,16 +22,17 @@ from training.artifact import Identity, open_artifact, write_weights
 from training.bank_key import bankable
 from training.batches import Batches
 from training.checkpoint import State
-from training.conditioning import text_parts
+from training.conditioning import encode_text, text_parts
 from training.draw import Drawer
 from training.engine import TrainingEngine
 from training.identifier import new_identifier, token_ids_of
 from training.lease import Lease
 from training.loop import ResidentBase, build_module
 from training.lora import attach
-from training.new_tokens import FILE, grow, learned, save_tokens, started
+from training.new_tokens import FILE, grow, knowing, learned, save_tokens, started
 from training.outfit import Outfit
 from training.pipeline import (
+    end_id,
     load_text_encoder,
     load_tokenizer,
     load_unet,
@@ -55,6 +59,24 @@ def resident(request: pytest.FixtureRequest) -> ResidentBase:
     """A base, loaded: the tiny one, or that which a test names."""
     folder = str(request.getfixturevalue(getattr(request, "param", "tiny_base")))
     return ResidentBase.load(folder, open_base(folder).revision, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def published_sdxl(tiny_sdxl: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny SDXL as published ones are: marks are the last tokens, and the text encoders' configs have others."""
+    folder = tmp_path_factory.mktemp("published") / "sdxl"
+    shutil.copytree(tiny_sdxl, folder)
+    for part in ("tokenizer", "tokenizer_2"):
+        before = CLIPTokenizer.from_pretrained(folder / part)
+        model = json.loads(before.backend_tokenizer.to_str())["model"]
+        words = sorted(model["vocab"], key=lambda word: (word.startswith("<|"), model["vocab"][word]))
+        vocab, merges = {word: i for i, word in enumerate(words)}, [tuple(pair) for pair in model["merges"]]
+        marks = {"model_max_length": before.model_max_length, "pad_token": before.pad_token}
+        CLIPTokenizer(vocab=vocab, merges=merges, **marks).save_pretrained(folder / part)
+        path = folder / part.replace("tokenizer", "text_encoder") / "config.json"
+        config = {**json.loads(path.read_text()), "bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2}
+        path.write_text(json.dumps(config))
+    return folder
 
 
 def of_new_tokens(lease: Lease, base: ResidentBase) -> Lease:
@@ -237,7 +259,7 @@ def write_artifact(base_folder: Path, folder: Path, count: int, seed: int = 5, *
         torch.manual_seed(seed)
         if run.train.method == "lora":
             attach(unet, text_encoder, run.train.lora, run.train.text_encoder.train, seed=1)
-        grow(text_encoder, grow_from)
+        grow(text_encoder, grow_from, end_id(load_tokenizer(base)))
         for p in (p for model in (unet, text_encoder) for p in model.parameters() if p.requires_grad):
             nn.init.normal_(p, std=0.4)
         if run.train.method == "full":
@@ -259,9 +281,10 @@ def load_word(pipe: Any, folder: Path) -> None:
         rows = found.pop(key)
         pipe.load_textual_inversion(rows, token=WORD, text_encoder=text_encoder, tokenizer=tokenizer)
     assert not found
+    pipe.text_encoder_2.text_model.eos_token_id = pipe.tokenizer_2.eos_token_id
 
 
-@pytest.mark.parametrize(("base", "count"), [("tiny_base", 1), ("tiny_base", 2), ("tiny_sdxl", 2)])
+@pytest.mark.parametrize(("base", "count"), [("tiny_base", 1), ("tiny_base", 2), ("published_sdxl", 2)])
 @pytest.mark.parametrize(
     "train",
     [
@@ -294,6 +317,27 @@ def test_stock_diffusers_draws_our_image(
     theirs = stock_images(pipe, PROMPT, [7], num_inference_steps=8, guidance_scale=5.0)
     assert_same_picture([ours], theirs)
     assert np.abs(ours.astype(int) - other.astype(int)).mean() > 1  # the tokens are at work
+
+
+def test_what_comes_after_the_word_is_pooled_too(published_sdxl: Path) -> None:
+    base = open_base(str(published_sdxl))
+    tokenizer, encoder = load_tokenizer(base), load_text_encoder(base)
+    tokens = started(encoder, WORD, [97], 2)
+    words = tokens.words(len(tokenizers(tokenizer)[0]))
+
+    def pooled(*prompts: str) -> torch.Tensor:
+        with torch.no_grad():
+            told = encode_text(encoder, token_ids(tokenizer, prompts, base.token_limit, words)).pooled
+        assert told is not None
+        return told
+
+    plain = pooled("a dog on the beach")
+    with knowing(encoder, tokens, end_id(tokenizer)):
+        beach, snow = pooled(f"a {WORD} dog on the beach", f"a {WORD} dog in snow")
+        assert (beach - snow).abs().max() > 0.01
+        assert torch.equal(pooled("a dog on the beach"), plain)
+    second: Any = text_parts(encoder)["text_encoder_2"]
+    assert second.text_model.eos_token_id == 2  # as it was
 
 
 def test_subjects_with_the_same_word_are_drawn_together_as_alone(tiny_sdxl: Path, tmp_path: Path) -> None:
