@@ -116,7 +116,7 @@ def test_a_gang_goes_on_with_the_nodes_there_are_and_to_the_losses_of_one_worker
     for name, value in tensors(storage, "hurt").items():
         np.testing.assert_allclose(value, tensors(storage, "calm")[name], atol=1e-4)
     noticed, grown, lost = story.pauses
-    assert max(story.pauses) < 30 + gang.start_s
+    assert max(story.pauses) < gang.restarts_within()
     tell("node taken away with notice", "losses to 1e-5", 0, noticed)
     tell("node added: one more worker", "losses to 1e-5", 0, grown)
     tell("node killed", "losses to 1e-5", story.twice, lost)
