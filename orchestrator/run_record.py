@@ -20,7 +20,6 @@ from orchestrator.tracking import (
     Tracker,
     flatten,
     mirror,
-    refuse_missing,
     tracking_uri,
 )
 from orchestrator.wandb_tracker import WandbTracker
@@ -78,10 +77,9 @@ class RunRecord:
             make: Makes the tracker for MLflow; `None` makes one of its own.
 
         Raises:
-            UserError: MLflow cannot be reached, or what is to be tracked with is not installed.
+            UserError: MLflow cannot be reached.
         """
         run, prepared = self.prepared.run, self.prepared
-        refuse_missing(run.track)
         params = flatten(run.model_dump(mode="json", by_alias=True, exclude={"track"}))
         tags = {
             "raybooth.subject": prepared.name,

@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -56,6 +56,7 @@ WORDS = (
     *("fox", "red", "green", "blue", "beach", "snow", "moon", "forest", "sks", "zwx", "qzj", "vux", "wkj"),
 )
 TOKEN_LIMIT = 32
+Booth = Callable[..., dict[str, Any]]
 
 
 def _tokenizer(**marks: str) -> CLIPTokenizer:
@@ -290,6 +291,20 @@ def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def storage(tmp_path: Path) -> Storage:
     """An empty storage root."""
     return Storage(str(tmp_path / "storage"))
+
+
+@pytest.fixture(scope="session")
+def booth() -> Booth:
+    """Runs a command that must end well on a storage root; returns its JSON answer."""
+
+    def run(root: Path, *arguments: str) -> dict[str, Any]:
+        command = [sys.executable, "-m", "orchestrator", *arguments, "--storage", str(root), "--json"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+        assert done.returncode == 0, done.stderr[-3000:]
+        answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        return answer
+
+    return run
 
 
 @pytest.fixture(autouse=True, scope="module")

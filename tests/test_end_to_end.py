@@ -1,9 +1,8 @@
 """Photos in, images out: the whole path with its real parts, through the command line as a user would."""
 
 import json
-import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +21,6 @@ QUICK = [
 ]
 
 
-def booth(root: Path, *arguments: str) -> dict[str, Any]:
-    """The JSON answer of a command that must end well."""
-    done = subprocess.run(
-        [*RAYBOOTH, *arguments, "--storage", str(root), "--json"], capture_output=True, text=True, timeout=900
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return answer
-
-
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("photos with spaces é")
@@ -40,7 +29,9 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory, photos: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+def trained(
+    tmp_path_factory: pytest.TempPathFactory, photos: Path, booth: Callable[..., dict[str, Any]]
+) -> Iterator[tuple[Path, dict[str, Any]]]:
     root = tmp_path_factory.mktemp("root")
     yield root, booth(root, "train", str(photos), "--class", SUBJECT_CLASS, "--name", "rex", *QUICK)
 
@@ -82,7 +73,9 @@ def test_mlflow_has_the_figures_the_samples_and_the_champion(trained: tuple[Path
     assert client.get_model_version_by_alias("rex", "champion").tags["raybooth.version"] == "v1"
 
 
-def test_the_same_command_again_does_nothing(trained: tuple[Path, dict[str, Any]], photos: Path) -> None:
+def test_the_same_command_again_does_nothing(
+    trained: tuple[Path, dict[str, Any]], photos: Path, booth: Callable[..., dict[str, Any]]
+) -> None:
     root, first = trained
     again = booth(root, "train", str(photos), "--class", SUBJECT_CLASS, "--name", "rex", *QUICK)
     assert again["already_there"]
@@ -93,7 +86,7 @@ def test_the_same_command_again_does_nothing(trained: tuple[Path, dict[str, Any]
 
 
 def test_an_image_is_the_same_to_the_byte_whatever_is_drawn_beside_it(
-    trained: tuple[Path, dict[str, Any]], tmp_path: Path
+    trained: tuple[Path, dict[str, Any]], tmp_path: Path, booth: Callable[..., dict[str, Any]]
 ) -> None:
     root, _ = trained
     ask = ("generate", "rex", "a photo of {subject} on the beach", "--seed", "7", "--steps", "4")
@@ -105,7 +98,9 @@ def test_an_image_is_the_same_to_the_byte_whatever_is_drawn_beside_it(
     assert Path(four["grid"]).is_file()
 
 
-def test_prompts_come_from_a_file_too(trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+def test_prompts_come_from_a_file_too(
+    trained: tuple[Path, dict[str, Any]], tmp_path: Path, booth: Callable[..., dict[str, Any]]
+) -> None:
     root, _ = trained
     (tmp_path / "prompts.txt").write_text(
         "# scenes\na photo of {subject} in the snow\n\n{subject} in space\n"
@@ -116,7 +111,7 @@ def test_prompts_come_from_a_file_too(trained: tuple[Path, dict[str, Any]], tmp_
 
 
 def test_a_second_subject_of_the_same_photos_draws_no_prior_and_gets_the_same_tensors(
-    trained: tuple[Path, dict[str, Any]], photos: Path
+    trained: tuple[Path, dict[str, Any]], photos: Path, booth: Callable[..., dict[str, Any]]
 ) -> None:
     root, first = trained
     answer = booth(root, "train", str(photos), "--class", SUBJECT_CLASS, "--name", "tom", *QUICK)
@@ -125,7 +120,7 @@ def test_a_second_subject_of_the_same_photos_draws_no_prior_and_gets_the_same_te
 
 
 def test_a_driver_killed_between_publishing_and_registering_goes_on_from_there(
-    trained: tuple[Path, dict[str, Any]], photos: Path
+    trained: tuple[Path, dict[str, Any]], photos: Path, booth: Callable[..., dict[str, Any]]
 ) -> None:
     root, first = trained
     record = root / "runs/rex/v1/run.json"
@@ -142,7 +137,10 @@ def test_a_driver_killed_between_publishing_and_registering_goes_on_from_there(
 
 
 def test_promote_and_rollback_move_the_champion(
-    trained: tuple[Path, dict[str, Any]], photos: Path, monkeypatch: pytest.MonkeyPatch
+    trained: tuple[Path, dict[str, Any]],
+    photos: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    booth: Callable[..., dict[str, Any]],
 ) -> None:
     root, _ = trained
     monkeypatch.setenv("WANDB_MODE", "offline")

@@ -1,8 +1,6 @@
 """A tiny SDXL from photos to images, through the command line as a user would."""
 
-import json
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,16 +31,9 @@ QUICK = [
 ]
 
 
-def booth(root: Path, *arguments: str) -> dict[str, Any]:
-    """The JSON answer of a command that must end well."""
-    command = [sys.executable, "-m", "orchestrator", *arguments, "--storage", str(root), "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr[-3000:]
-    answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return answer
-
-
-def test_stock_diffusers_draws_what_was_trained_and_generated(tiny_sdxl: Path, tmp_path: Path) -> None:
+def test_stock_diffusers_draws_what_was_trained_and_generated(
+    tiny_sdxl: Path, tmp_path: Path, booth: Callable[..., dict[str, Any]]
+) -> None:
     root, photos, out = tmp_path / "root", tmp_path / "photos", tmp_path / "out"
     write_photos(photos)
     base = ("--base", str(tiny_sdxl))

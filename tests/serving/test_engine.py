@@ -126,31 +126,27 @@ def test_new_tokens_wait_while_another_thread_loads_a_model(
     assert (decode_png(asked.until(Drawn).png) == drawn_alone(base, zoo, "token", request)).all()
 
 
+OF_THE_BASE = [
+    DrawRequest("a dog in snow", 1, steps=4, guidance=5.0),
+    DrawRequest("a dog in snow", 1, "snow", steps=3, guidance=5.0, sampler="euler"),
+    DrawRequest("a cat", 2, steps=2, guidance=1.0),
+    DrawRequest("a cat", 3, steps=2, guidance=5.0, height=24, width=16),
+]
+
+
 def test_images_of_an_sdxl_together_come_out_as_alone(engine_of: Make, tiny_sdxl: Path) -> None:
     sdxl = open_base(str(tiny_sdxl))
-    requests = [
-        DrawRequest("a dog in snow", 1, steps=4, guidance=5.0),
-        DrawRequest("a dog in snow", 1, "snow", steps=3, guidance=5.0, sampler="euler"),
-        DrawRequest("a cat", 2, steps=2, guidance=1.0),
-        DrawRequest("a cat", 3, steps=2, guidance=5.0, height=24, width=16),
-    ]
     engine = engine_of(None, of=sdxl)
-    asked = [Asked(engine, str(i), "base", request) for i, request in enumerate(requests)]
-    for one, request in zip(asked, requests, strict=True):
+    asked = [Asked(engine, str(i), "base", request) for i, request in enumerate(OF_THE_BASE)]
+    for one, request in zip(asked, OF_THE_BASE, strict=True):
         assert (decode_png(one.until(Drawn).png) == Drawer(sdxl, device="cpu").draw([request])[0]).all()
 
 
 def test_images_of_an_sd3_together_come_out_as_alone(engine_of: Make, tiny_sd3: Path) -> None:
     sd3 = open_base(str(tiny_sd3))
-    requests = [
-        DrawRequest("a dog in snow", 1, steps=4, guidance=5.0),
-        DrawRequest("a dog in snow", 1, "snow", steps=3, guidance=5.0, sampler="euler"),
-        DrawRequest("a cat", 2, steps=2, guidance=1.0),
-        DrawRequest("a cat", 3, steps=2, guidance=5.0, height=24, width=16),
-    ]
     engine = engine_of(None, of=sd3)
-    asked = [Asked(engine, str(i), "base", request) for i, request in enumerate(requests)]
-    for one, request in zip(asked, requests, strict=True):
+    asked = [Asked(engine, str(i), "base", request) for i, request in enumerate(OF_THE_BASE)]
+    for one, request in zip(asked, OF_THE_BASE, strict=True):
         drawn = one.until(Drawn)
         assert (decode_png(drawn.png) == Drawer(sd3, device="cpu").draw([request])[0]).all()
         assert drawn.facts["sampler"] == "euler"  # the base's own, where none was named

@@ -14,14 +14,25 @@ import pytest
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
+from torch import nn
 
 from cluster.session import session
 from cluster.storage import Storage
+from training.artifact import write_weights
 from training.batches import Batches
+from training.conditioning import trained_parts
 from training.dataplan import DataPlan
 from training.lease import LatentTable, Lease
 from training.loop import ResidentBase
-from training.pipeline import load_tokenizer, open_base, token_ids
+from training.lora import attach
+from training.pipeline import (
+    BaseInfo,
+    load_text_encoder,
+    load_tokenizer,
+    load_unet,
+    open_base,
+    token_ids,
+)
 from training.recipe import Run
 from training.wish import Wish
 
@@ -115,6 +126,26 @@ def make_batches() -> Callable[..., Batches]:
 
 
 # -- what stock diffusers draws ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def write_artifact() -> Callable[..., None]:
+    """Writes an artifact as if trained: weights moved far enough that the picture changes."""
+
+    def write(base: BaseInfo, run: Run, folder: Path, far: float = 0.02) -> None:
+        unet, text_encoder = load_unet(base), load_text_encoder(base)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(5)
+            if run.train.method == "lora":
+                attach(unet, text_encoder, run.train.lora, run.train.text_encoder.train, seed=1)
+                for p in (p for m in (unet, text_encoder) for p in m.parameters() if p.requires_grad):
+                    nn.init.normal_(p, std=0.4)
+            else:
+                for p in (p for m in trained_parts(unet, text_encoder).values() for p in m.parameters()):
+                    p.data.add_(torch.randn_like(p), alpha=far)
+        write_weights(base, run, unet, text_encoder, folder)
+
+    return write
 
 
 @pytest.fixture

@@ -18,13 +18,10 @@ from diffusers.schedulers.scheduling_lcm import LCMScheduler
 from diffusers.schedulers.scheduling_pndm import PNDMScheduler
 from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 from cluster.errors import UserError
-from training.artifact import write_weights
 from training.draw import Drawer
-from training.lora import attach
-from training.pipeline import BaseInfo, load_text_encoder, load_unet, open_base
+from training.pipeline import open_base
 from training.recipe import Run
 from training.request import DrawRequest
 
@@ -48,22 +45,6 @@ def run_of(base: Path, **train: Any) -> Run:
             "train": train,
         }
     )
-
-
-def write_artifact(base: BaseInfo, run: Run, folder: Path) -> None:
-    """An artifact as if trained: weights moved far enough that the picture changes."""
-    unet, text_encoder = load_unet(base), load_text_encoder(base)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(5)
-        if run.train.method == "lora":
-            attach(unet, text_encoder, run.train.lora, run.train.text_encoder.train, seed=1)
-            moved = [p for m in (unet, text_encoder) for p in m.parameters() if p.requires_grad]
-            for p in moved:
-                nn.init.normal_(p, std=0.4)
-        else:
-            for p in (*unet.parameters(), *text_encoder.parameters()):
-                p.data.add_(torch.randn_like(p), alpha=0.02)
-    write_weights(base, run, unet, text_encoder, folder)
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
@@ -119,6 +100,7 @@ def test_stock_diffusers_draws_our_image_with_a_lora_artifact(
     train_text: bool,
     stock_images: Callable[..., Any],
     assert_same_picture: Callable[..., None],
+    write_artifact: Callable[..., None],
 ) -> None:
     base = open_base(str(tiny_base))
     lora, text = {"rank": 4, "alpha": 2.0}, {"train": train_text}
@@ -137,6 +119,7 @@ def test_stock_diffusers_draws_our_image_with_a_full_artifact(
     tmp_path: Path,
     stock_images: Callable[..., Any],
     assert_same_picture: Callable[..., None],
+    write_artifact: Callable[..., None],
 ) -> None:
     base = open_base(str(tiny_base))
     write_artifact(base, run_of(tiny_base, method="full"), tmp_path)
@@ -153,6 +136,7 @@ def test_a_base_stored_in_half_precision_is_trained_and_published_in_full(
     tmp_path: Path,
     stock_images: Callable[..., Any],
     assert_same_picture: Callable[..., None],
+    write_artifact: Callable[..., None],
 ) -> None:
     half = tmp_path / "half"
     shutil.copytree(tiny_base, half)

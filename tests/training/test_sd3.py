@@ -18,7 +18,7 @@ from torch import nn
 
 from cluster.errors import UserError
 from cluster.storage import Storage
-from training.artifact import open_artifact, write_weights
+from training.artifact import open_artifact
 from training.bank_key import bankable
 from training.bank_run import train_bank
 from training.basefolder import used_files
@@ -29,12 +29,11 @@ from training.defaults import with_defaults
 from training.draw import Drawer
 from training.lease import Lease
 from training.loop import ResidentBase, build_module
-from training.lora import FILE, attach
+from training.lora import FILE
 from training.memory import estimate
 from training.objective import PairBatch
 from training.outfit import PLAIN, Outfit
 from training.pipeline import (
-    BaseInfo,
     load_text_encoder,
     load_tokenizer,
     load_unet,
@@ -410,22 +409,6 @@ def run_of(base: Path, **train: Any) -> Run:
     return Run.model_validate(with_defaults(given))
 
 
-def write_artifact(base: BaseInfo, run: Run, folder: Path) -> None:
-    """An artifact as if trained: weights moved far enough that the picture changes."""
-    unet, text_encoder = load_unet(base), load_text_encoder(base)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(5)
-        if run.train.method == "lora":
-            attach(unet, text_encoder, run.train.lora, run.train.text_encoder.train, seed=1)
-            for p in (p for m in (unet, text_encoder) for p in m.parameters() if p.requires_grad):
-                nn.init.normal_(p, std=0.4)
-        else:
-            for model in trained_parts(unet, text_encoder).values():
-                for p in model.parameters():
-                    p.data.add_(torch.randn_like(p), alpha=0.05)
-    write_weights(base, run, unet, text_encoder, folder)
-
-
 @pytest.mark.parametrize("train_text", [False, True])
 def test_stock_diffusers_draws_our_image_with_a_lora_artifact(
     train_text: bool,
@@ -433,6 +416,7 @@ def test_stock_diffusers_draws_our_image_with_a_lora_artifact(
     tmp_path: Path,
     stock_images: Callable[..., Any],
     assert_same_picture: Callable[..., None],
+    write_artifact: Callable[..., None],
 ) -> None:
     base, lora = open_base(str(sd3)), {"rank": 4, "alpha": 2.0}
     run = run_of(sd3, method="lora", lora=lora, text_encoder={"train": train_text})
@@ -453,9 +437,10 @@ def test_stock_diffusers_draws_our_image_with_a_full_artifact(
     tmp_path: Path,
     stock_images: Callable[..., Any],
     assert_same_picture: Callable[..., None],
+    write_artifact: Callable[..., None],
 ) -> None:
     base = open_base(str(sd3))
-    write_artifact(base, run_of(sd3, method="full"), tmp_path)
+    write_artifact(base, run_of(sd3, method="full"), tmp_path, far=0.05)
     asked = DrawRequest(PROMPT, 7, steps=6, guidance=5.0)
     ours = Drawer(base, tmp_path, device="cpu").draw([asked])
     theirs = stock_images(stock(tmp_path), PROMPT, (7,), num_inference_steps=6, guidance_scale=5.0)
@@ -464,7 +449,9 @@ def test_stock_diffusers_draws_our_image_with_a_full_artifact(
     assert np.abs(ours[0].astype(int) - before[0].astype(int)).mean() > 5
 
 
-def test_rows_of_many_subjects_come_out_as_alone(tiny_sd3: Path, tmp_path: Path) -> None:
+def test_rows_of_many_subjects_come_out_as_alone(
+    tiny_sd3: Path, tmp_path: Path, write_artifact: Callable[..., None]
+) -> None:
     base = open_base(str(tiny_sd3))
     write_artifact(base, run_of(tiny_sd3, method="lora", text_encoder={"train": True}), tmp_path)
     drawer = Drawer(base, device="cpu", width=6)

@@ -18,7 +18,7 @@ from torch import nn
 
 from cluster.errors import UserError
 from cluster.storage import Storage
-from training.artifact import open_artifact, write_weights
+from training.artifact import open_artifact
 from training.bank_run import train_bank
 from training.batches import Batches
 from training.ceiling import memory_ceiling
@@ -26,12 +26,11 @@ from training.conditioning import encode_text, trained_parts
 from training.draw import Drawer
 from training.lease import Lease
 from training.loop import ResidentBase, build_module
-from training.lora import FILE, attach
+from training.lora import FILE
 from training.memory import estimate
 from training.objective import PairBatch
 from training.outfit import PLAIN, Outfit
 from training.pipeline import (
-    BaseInfo,
     load_text_encoder,
     load_tokenizer,
     load_unet,
@@ -347,21 +346,6 @@ def run_of(base: Path, **train: Any) -> Run:
     return Run.model_validate({"base": {"model": str(base)}, "subject": subject, "train": train})
 
 
-def write_artifact(base: BaseInfo, run: Run, folder: Path) -> None:
-    """An artifact as if trained: weights moved far enough that the picture changes."""
-    unet, text_encoder = load_unet(base), load_text_encoder(base)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(5)
-        if run.train.method == "lora":
-            attach(unet, text_encoder, run.train.lora, run.train.text_encoder.train, seed=1)
-            for p in (p for m in (unet, text_encoder) for p in m.parameters() if p.requires_grad):
-                nn.init.normal_(p, std=0.4)
-        else:
-            for p in (*unet.parameters(), *text_encoder.parameters()):
-                p.data.add_(torch.randn_like(p), alpha=0.02)
-    write_weights(base, run, unet, text_encoder, folder)
-
-
 @pytest.mark.parametrize("train_text", [False, True])
 def test_stock_diffusers_draws_our_image_with_a_lora_artifact(
     train_text: bool,
@@ -369,6 +353,7 @@ def test_stock_diffusers_draws_our_image_with_a_lora_artifact(
     tmp_path: Path,
     stock_images: Callable[..., Any],
     assert_same_picture: Callable[..., None],
+    write_artifact: Callable[..., None],
 ) -> None:
     base, lora = open_base(str(tiny_sdxl)), {"rank": 4, "alpha": 2.0}
     run = run_of(tiny_sdxl, method="lora", lora=lora, text_encoder={"train": train_text})
@@ -389,6 +374,7 @@ def test_stock_diffusers_draws_our_image_with_a_full_artifact(
     tmp_path: Path,
     stock_images: Callable[..., Any],
     assert_same_picture: Callable[..., None],
+    write_artifact: Callable[..., None],
 ) -> None:
     base = open_base(str(tiny_sdxl))
     write_artifact(base, run_of(tiny_sdxl, method="full"), tmp_path)
@@ -401,7 +387,9 @@ def test_stock_diffusers_draws_our_image_with_a_full_artifact(
     assert np.abs(ours[0].astype(int) - before[0].astype(int)).mean() > 5
 
 
-def test_rows_of_many_subjects_come_out_as_alone(tiny_sdxl: Path, tmp_path: Path) -> None:
+def test_rows_of_many_subjects_come_out_as_alone(
+    tiny_sdxl: Path, tmp_path: Path, write_artifact: Callable[..., None]
+) -> None:
     base = open_base(str(tiny_sdxl))
     run = run_of(tiny_sdxl, method="lora", text_encoder={"train": True})
     write_artifact(base, run, tmp_path)
