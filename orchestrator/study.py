@@ -12,6 +12,7 @@ from contextlib import suppress
 from typing import Any
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.logging import WARNING, set_verbosity
 from ray import tune
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search.optuna import OptunaSearch
@@ -97,6 +98,7 @@ def searching(space: Space, recipes: Sequence[Mapping[str, Any]], seed: int) -> 
     so each number of known recipes has a seed of its own.
     """
     points = [dict(one) for one in recipes]
+    set_verbosity(WARNING)  # it would tell the terminal that it has begun
     return OptunaSearch(
         space=distributions(space),
         metric=WORTH,
