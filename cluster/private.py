@@ -8,6 +8,7 @@ import secrets
 import shutil
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,10 +24,15 @@ from cluster.machine import sees_gpu
 
 OBJECT_STORE_BYTES = 512 * 1024**2  # of a private Ray: latents and photos are small, /dev/shm often is too
 START_S = 120  # for Ray's own processes; Ray itself gives up after 30 s, which a busy machine may need
+LODGER_S = 3.0  # for a thread to see that Ray ends
 LONGEST_TEMPORARY = 40  # characters: a socket's path ends at 107, and Ray appends about 60 of its own
 
 # Of a private Ray, which nobody drains and nobody watches: each of these is a process or work for one.
-PRIVATE = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0", "RAY_TRAIN_METRICS_ENABLED": "0"}
+PRIVATE = {
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",  # the driver's own log is ours
+}
 # Where there is no GPU: DeepSpeed would compile kernels nobody calls (91 s), and imports inductor (2-3 s).
 WITHOUT_GPU = {"DS_ACCELERATOR": "cpu", "TORCHDYNAMO_DISABLE": "1"}
 
@@ -65,7 +71,39 @@ def private_ray(cpus: int, common: Mapping[str, Any]) -> Iterator[None]:
         try:
             yield
         finally:
+            _lodgings.end()
             ray.shutdown()
+
+
+class _Lodgings:
+    """The threads that work with a private Ray until it ends."""
+
+    def __init__(self) -> None:
+        self.ending = threading.Event()
+        self.threads: set[threading.Thread] = set()
+
+    def end(self) -> None:
+        """Tell them that it ends, and wait a moment for them. The next Ray has others."""
+        ending, self.ending = self.ending, threading.Event()
+        ending.set()
+        until = time.monotonic() + LODGER_S
+        for thread in list(self.threads):
+            thread.join(max(0.0, until - time.monotonic()))
+
+
+_lodgings = _Lodgings()
+
+
+@contextmanager
+def lodging() -> Iterator[threading.Event]:
+    """For a thread that works with the private Ray until it ends: an event that says so. It is waited for a moment, as
+    Ray's end takes away what it stands on."""
+    me = threading.current_thread()
+    _lodgings.threads.add(me)
+    try:
+        yield _lodgings.ending
+    finally:
+        _lodgings.threads.discard(me)
 
 
 @contextmanager
