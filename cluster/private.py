@@ -15,9 +15,11 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import ray
 from ray._private import services
+from ray._private.node import Node
 
 from cluster.errors import SystemFailure
 from cluster.machine import sees_gpu
@@ -122,20 +124,22 @@ def _environ(values: Mapping[str, str]) -> Iterator[None]:
 def _few_processes() -> Iterator[None]:
     """Have Ray start without those of its processes that a private one has no use for.
 
-    They are what follows logs for drivers that show them, what asks a cloud for nodes, and the modules of a dashboard
-    that is not shown: 5 CPU seconds. Ray has no setting for it; the version that we pin has these two places.
+    They are what follows logs for drivers that show them, what asks a cloud for nodes, the modules of a dashboard that
+    is not shown, and its server, which would tell Ray's makers of this cluster: 6 CPU seconds, and a start that waits
+    for one after the other. Ray has no setting for it; the version that we pin has these three places.
     """
-    parameters, dependencies = (
-        ray._private.parameter.RayParams,
-        ray._private.utils.get_dashboard_dependency_error,
-    )
-    ray._private.parameter.RayParams = partial(parameters, include_log_monitor=False, no_monitor=True)
-    ray._private.utils.get_dashboard_dependency_error = lambda: ImportError("not wanted")
-    try:
+    few = partial(ray._private.parameter.RayParams, include_log_monitor=False, no_monitor=True)
+    wanting = "get_dashboard_dependency_error"
+    with (
+        patch.object(ray._private.parameter, "RayParams", few),
+        patch.object(ray._private.utils, wanting, lambda: ImportError("not wanted")),
+        patch.object(Node, "start_api_server", _no_server),
+    ):
         yield
-    finally:
-        ray._private.parameter.RayParams = parameters
-        ray._private.utils.get_dashboard_dependency_error = dependencies
+
+
+def _no_server(node: Any, **settings: Any) -> None:
+    node._webui_url = None
 
 
 @contextmanager
