@@ -79,7 +79,11 @@ def _scan_of(scandir: Callable[..., Any]) -> Callable[..., Any]:
         with scandir(path) as entries:
             yield (entry for entry in entries if entry.name in _MODELS)
 
-    return lambda path=".": few(path) if Path(path).parts[-2:] == _FOLDER else scandir(path)
+    def scan(path: Any = ".") -> Any:  # other threads scan too, and what `os.scandir` takes may be a number
+        models = isinstance(path, str | Path) and Path(path).parts[-2:] == _FOLDER
+        return few(path) if models else scandir(path)
+
+    return scan
 
 
 class _NoCompiler(ModuleType):

@@ -1,8 +1,11 @@
 """What a process of ours imports to train and draw, and that it can import the rest all the same."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
+
+from training.imports import _scan_of
 
 FEW = """
 import sys
@@ -32,3 +35,18 @@ def test_a_process_of_ours_makes_models_without_the_compiler_and_can_import_what
     tiny_base: Path,
 ) -> None:
     subprocess.run([sys.executable, "-c", FEW, str(tiny_base)], check=True, timeout=120)
+
+
+def test_other_threads_scan_what_they_like_meanwhile(tmp_path: Path) -> None:
+    models = tmp_path / "transformers/models"
+    for folder in ("clip", "bert"):
+        (models / folder).mkdir(parents=True)
+    scan, descriptor = _scan_of(os.scandir), os.open(models, os.O_RDONLY)
+
+    def found(path: object) -> set[str]:
+        with scan(path) as entries:
+            return {os.fsdecode(entry.name) for entry in entries}
+
+    assert found(models) == found(str(models)) == {"clip"}
+    assert found(descriptor) == found(os.fsencode(models)) == {"clip", "bert"}
+    os.close(descriptor)
