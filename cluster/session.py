@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import ray
-from ray._private import worker
+from ray._private import auto_init_hook, worker
 from ray._raylet import GcsClient  # type: ignore[attr-defined]
 from ray.exceptions import AuthenticationError, RayError
 
@@ -19,6 +19,9 @@ from cluster.private import private_ray
 from cluster.storage import Storage
 
 CONNECT_S = 10  # to a cluster's head
+
+# A call of Ray's outside a session fails: a thread that has not heard of its end would have Ray start anew, for nobody.
+auto_init_hook.enable_auto_connect = False
 
 # What every process of a session sees, drivers and workers alike, unless the user has set it.
 _EVERYWHERE = {

@@ -3,6 +3,7 @@
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import TracebackType
@@ -140,7 +141,9 @@ class _LiveTable:
         around = len(failures) + len(bars) + 3  # the head of the table, and two lines of summary
         width, height = self._console.size
         parts: list[Any] = [campaign_table(rows, width, max(height - around - 1, 3)), *failures, *bars]
-        self._live.update(Group(*parts, summary(campaign, rows, pace.speed, pace.left_s)), refresh=True)
+        self._live.update(
+            Group(*parts, summary(campaign, _counts(rows), pace.speed, pace.left_s)), refresh=True
+        )
 
     def note(self, text: str) -> None:
         self._console.print(text, markup=False, highlight=False)
@@ -164,7 +167,7 @@ class _LiveTable:
         shown = rows if len(rows) <= FULL else [row for row in rows if row.state != "succeeded"]
         limit = FULL if len(shown) > FULL else None
         parts: list[Any] = [campaign_table(shown, self._console.width, limit)] if shown else []
-        self._console.print(Group(*parts, summary(campaign, rows, None, None)))
+        self._console.print(Group(*parts, summary(campaign, _counts(rows))))
 
 
 class _LogLines:
@@ -184,7 +187,7 @@ class _LogLines:
         now = time.monotonic()
         if before is None or now - self._summed_at >= LOG_EVERY_S:
             self._summed, self._summed_at = facts, now
-            self.note(summary(campaign, rows, pace.speed, pace.left_s).plain)
+            self.note(summary(campaign, _counts(rows), pace.speed, pace.left_s).plain)
 
     def _tell(self, row: RunRow, before: tuple[str, int] | None, few: bool) -> None:
         line = _change(row, before[0] if before else None)
@@ -234,3 +237,7 @@ def _change(row: RunRow, before: str | None) -> str | None:
         again = before is not None and before != "queued"
         return f"{row.name}: queued again{tried}: {reason_line(row.reason)}".rstrip(": ") if again else None
     return f"{row.name}: {row.state}{tried}"
+
+
+def _counts(rows: Sequence[RunRow]) -> Counter[str]:
+    return Counter(row.state for row in rows)

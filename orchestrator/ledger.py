@@ -123,14 +123,26 @@ class Ledger:
             self._known(connection, name)
             return self._campaigns(connection, name)[0]
 
-    def runs(self, name: str, state: str | Collection[str] | None = None) -> list[RunRow]:
-        """The campaign's runs in the manifest's order: all, or those in one state or in several."""
+    def runs(
+        self, name: str, state: str | Collection[str] | None = None, most: int | None = None
+    ) -> list[RunRow]:
+        """The campaign's runs in the manifest's order: all, or those in one state or in several.
+
+        Args:
+            name: Of the campaign.
+            state: One or several; `None` is all.
+            most: How many; of more those that ended last, or that nobody has come to and that come first.
+        """
         states = [state] if isinstance(state, str) else state
         wanted = select(*_RUN).where(RUNS.c.campaign == name).order_by(RUNS.c.position)
         if states is not None:
             wanted = wanted.where(RUNS.c.state.in_(states))
+        if most is not None:
+            lately = RUNS.c.finished_at.desc().nulls_last()
+            wanted = wanted.order_by(None).order_by(lately, RUNS.c.position).limit(most)
         with self._database.reading() as connection:
-            return [RunRow(*row) for row in connection.execute(wanted)]
+            rows = [RunRow(*row) for row in connection.execute(wanted).all()]
+        return rows if most is None else sorted(rows, key=lambda row: row.position)
 
     def spec(self, run_id: int) -> dict[str, Any]:
         """The recipe of a run; raises KeyError for one that has none, its row in the manifest being mistaken."""

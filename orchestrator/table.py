@@ -2,7 +2,6 @@
 
 import heapq
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -150,18 +149,19 @@ def failure_lines(rows: Sequence[RunRow], most: int) -> list[Text]:
     return lines
 
 
-def summary(campaign: CampaignRow, rows: Sequence[RunRow], speed: float | None, left_s: float | None) -> Text:
+def summary(
+    campaign: CampaignRow, counts: Mapping[str, int], speed: float | None = None, left_s: float | None = None
+) -> Text:
     """One line: how many runs are where, how fast they come on, and how long it takes.
 
     Args:
         campaign: What is on record of it.
-        rows: All of its runs.
+        counts: How many of its runs are in each state.
         speed: Steps per second of all runs together; `None` when it is not known.
         left_s: Seconds until the last step; `None` when that is not known.
     """
-    counts = Counter(row.state for row in rows)
-    told = [Text(f"{counts['succeeded']} of {len(rows)} succeeded", STYLES["succeeded"])]
-    others = [state for state in _RANK if state != "succeeded" and counts[state]]
+    told = [Text(f"{counts.get('succeeded', 0)} of {sum(counts.values())} succeeded", STYLES["succeeded"])]
+    others = [state for state in _RANK if state != "succeeded" and counts.get(state)]
     told += [Text(f"{counts[state]} {state}", STYLES[state]) for state in others]
     line = Text.assemble((f"{campaign.name}: ", "bold"), Text(", ").join(told))
     taken = (campaign.finished_at or time.time()) - campaign.created_at
@@ -170,27 +170,37 @@ def summary(campaign: CampaignRow, rows: Sequence[RunRow], speed: float | None, 
     return line.append(f"; {'; '.join(rest)}", "default")
 
 
-def reasons(rows: Sequence[RunRow], limit: int | None = None) -> Group:
+def reasons(rows: Sequence[RunRow], counts: Mapping[str, int], limit: int) -> Group:
     """Of every failed run what happened, what was seen and what to do.
 
     Args:
-        rows: Runs of the campaign.
-        limit: Runs at most; `None` is no limit.
+        rows: Runs of the campaign, the failed ones among them.
+        counts: How many of all of its runs are in each state.
+        limit: Runs at most.
     """
-    failed = [row for row in rows if row.state == "failed"]
+    failed = [row for row in rows if row.state == "failed"][:limit]
     lines = []
-    for row in failed[:limit]:
+    for row in failed:
         do = (row.reason or {}).get("do")
         lines.append(Text.assemble((f"{row.name}: ", "bold red"), reason_line(row.reason)))
         lines += [Text(f"  do: {do}")] if do else []
-    if limit is not None and len(failed) > limit:
-        lines.append(Text(f"and {len(failed) - limit} more failed", "red"))
+    if more := counts.get("failed", 0) - len(failed):
+        lines.append(Text(f"and {more} more failed", "red"))
     return Group(*lines)
 
 
 def status_view(
-    campaign: CampaignRow, rows: Sequence[RunRow], width: int = 100, limit: int | None = None
+    campaign: CampaignRow, rows: Sequence[RunRow], counts: Mapping[str, int], width: int, limit: int
 ) -> Group:
-    """How a campaign stands, for once: the table, the reasons of failures in full, and the counts."""
-    table = [campaign_table(rows, width, limit if limit and len(rows) > limit else None)] if rows else []
-    return Group(*table, reasons(rows, limit), summary(campaign, rows, None, None))
+    """How a campaign stands, for once: the table, the reasons of failures in full, and the counts.
+
+    Args:
+        campaign: What is on record of it.
+        rows: Its runs; of more than `limit` in a state some of them will do.
+        counts: How many of all are in each state.
+        width: Columns of the terminal.
+        limit: Rows at most.
+    """
+    few = len(rows) <= limit
+    table = [campaign_table(rows, width, None if few else limit)] if rows else []
+    return Group(*table, reasons(rows, counts, limit), summary(campaign, counts))

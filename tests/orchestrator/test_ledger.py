@@ -139,6 +139,22 @@ def test_enrolling_again_adds_what_is_new_and_starts_what_changed_afresh(ledger)
     assert [moment.state for moment in ledger.history(tom.id)] == ["queued", "succeeded", "queued"]
 
 
+def test_some_runs_of_a_state_are_those_that_ended_last_or_come_first(ledger):
+    enroll(ledger, *(new(f"s{i}") for i in range(6)))
+    with ledger.claim("pets") as claim:
+        for ended in (3, 1, 2):
+            run = ledger.runs("pets")[ended]
+            ledger.record(claim, [Change(run.id, {"state": "succeeded"})])
+            time.sleep(0.01)
+
+    def names(state, most):
+        return [run.name for run in ledger.runs("pets", state, most)]
+
+    assert names("succeeded", 2) == ["s1", "s2"]
+    assert names("queued", 2) == ["s0", "s4"]
+    assert names("queued", 9) == ["s0", "s4", "s5"]
+
+
 def test_the_order_of_a_recipes_settings_changes_nothing(ledger):
     enroll(ledger, NewRun("rex", "dog", "acme", 0, 1, {"a": 1, "b": {"c": 2, "d": 3}}))
 

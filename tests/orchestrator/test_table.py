@@ -3,6 +3,7 @@
 import io
 import re
 import time
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -75,9 +76,13 @@ def test_without_a_limit_the_table_is_in_the_manifests_order_and_leaves_out_what
 
 
 def test_status_tells_reasons_whole_and_as_they_are() -> None:
-    text = "\n".join(printed(status_view(CAMPAIGN, album(30)), 200))
+    rows = album(30)
+    counts = Counter(row.state for row in rows)
+    text = "\n".join(printed(status_view(CAMPAIGN, rows, counts, 200, limit=100), 200))
     assert "subject-0: 03.jpg is damaged: broken data [bold]stream\n  do: save it again" in text
     assert "album: 6 of 30 succeeded, 9 training, 2 preparing, 3 failed, 10 queued; 3:20 min" in text
+    some = "\n".join(printed(status_view(CAMPAIGN, rows[:20], counts, 200, limit=2), 200))
+    assert "and 1 more failed" in some and "6 of 30 succeeded" in some
 
 
 def test_the_live_table_stays_within_the_terminal_with_notes_above_and_bars_below() -> None:
