@@ -37,18 +37,18 @@ def refuse_fixed(space: Space, members: Sequence[Values]) -> None:
     Raises:
         UserError: It cannot be used.
     """
-    if len(members) < FEWEST:
-        raise UserError(
-            f"a population of {len(members)} is too small",
-            "a quarter of it takes over from another quarter",
-            f"give --trials {FEWEST} or more, and a space with as many different recipes",
-        )
     varied = [key for key in space if key in CHANGEABLE]
     if not varied:
         raise UserError(
             "nothing in the space may change during a run",
             f"it has {', '.join(space)}",
             f"name one of {', '.join(CHANGEABLE)}, or use another --scheduler",
+        )
+    if len(members) < FEWEST:
+        raise UserError(
+            f"a population of {len(members)} is too small",
+            "a quarter of it takes over from another quarter",
+            f"give --trials {FEWEST} or more, and a space with as many different recipes",
         )
     for key in varied:
         one = space[key]
@@ -130,11 +130,11 @@ def settings_now(history: Values) -> dict[str, Any]:
 
 
 def course_of(history: Values) -> dict[str, Any]:
-    """A history for people: each setting's value, or `0.001, after 40 0.0012` where it changed."""
+    """A history for people: each setting's value, or `0.001, 0.0012 after 40` where it changed."""
     found = {key: value for key, value in history.items() if key != CHANGES}
     for change in history.get(CHANGES, ()):
         for key, value in _said(change).items():
-            found[key] = f"{_figure(found[key])}, after {change['after']} {_figure(value)}"
+            found[key] = f"{_figure(found[key])}, {_figure(value)} after {change['after']}"
     return found
 
 

@@ -66,10 +66,11 @@ def write_study_page(
     # a population's settings change on the way, and what it left early is no worse for its settings
     weighed = {} if bench.population else importances(trials, space)
     lines = {
-        key: [(row["step"], row["worth"]) for _, row in _line(key, trials)]
+        key: [(row["step"], row["worth"]) for _, row in _line(key, trials, whole=key in words)]
         for key in trials
         if key in trained
     }
+    taken = [_line(key, trials)[0][1] for key in lines if trials[key].get("of") in trials]
     facts = {
         "study": outcome,
         "unchanged": best == defaults,
@@ -110,7 +111,7 @@ def write_study_page(
                 words,
                 "steps",
                 "worth",
-                [lines[key][0] for key in lines if trials[key].get("of") in trials],
+                [(row["step"], row["worth"]) for row in taken],
             )
         ),
         "importance": as_markup(bars(weighed, "share of what makes trials good")) if weighed else None,
@@ -138,10 +139,10 @@ def _shown(
     return _Shown(title, course_of(record["values"]), row, grids)
 
 
-def _line(key: str, trials: Mapping[str, Record]) -> list[tuple[str, Mapping[str, Any]]]:
-    """The rungs of a trial, and of one that took over another's history the one that it went on from."""
-    whole = rows_of(key, trials)
-    return whole[-len(trials[key]["rows"]) - 1 :]
+def _line(key: str, trials: Mapping[str, Record], whole: bool = False) -> list[tuple[str, Mapping[str, Any]]]:
+    """The rungs of a trial; of one that took over another's history also the one it went on from, or all of them."""
+    found = rows_of(key, trials)
+    return found if whole else found[-len(trials[key]["rows"]) - 1 :]
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ from training.scores import Estimate
 from training.section import merge
 from training.stream import Pool, encode
 
+DRAWS = 20  # for each member of a population, so that there are as many different ones
 SCORED = 4  # prompts of the set that are drawn at a rung
 
 
@@ -214,7 +215,8 @@ class _Study:
         if spec.search == "grid":
             found = every(spec.space)[: spec.trials]
         elif spec.search == "random":
-            found = draw(spec.space, spec.trials - 1, spec.seed)
+            # of a few choices some come twice, and a population is to have as many members as asked for
+            found = draw(spec.space, (spec.trials - 1) * (DRAWS if spec.population else 1), spec.seed)
         else:
             found = [record["values"] for key in self.keys if (record := self._record(key))]
         return list({key_of(values): values for values in (self.defaults, *found)}.values())[: spec.trials]
