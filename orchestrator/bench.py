@@ -15,6 +15,8 @@ from training.section import merge
 
 DRAW_STEPS = 15  # denoising steps of a drawing that is only scored
 Record = dict[str, Any]
+# Of what a trial tells Tune at a rung
+WORTH, STEP, KEY, RUNG, LOST = "worth", "step", "key", "rung", "lost"
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,11 @@ import numpy as np
 
 from cluster.errors import UserError
 from orchestrator.space import Choice, Range, Space, Values, key_of, sections
+from orchestrator.spec import parse_run
+from orchestrator.study_spec import StudySpec
 from orchestrator.tracking import flatten
 from training.change_settings import CHANGEABLE
+from training.section import merge
 
 CHANGES = "train.changes"
 FEWEST = 4  # members: with fewer a quarter is nobody
@@ -31,13 +34,35 @@ def even_rungs(steps: int, number: int = RUNGS) -> tuple[int, ...]:
     return tuple(sorted({max(round(steps * part / number), 1) for part in range(1, number + 1)}))
 
 
-def refuse_fixed(space: Space, members: Sequence[Values]) -> None:
-    """Refuse a space or a number of members with which a population could change nothing.
+def refuse_idle(spec: StudySpec, space: Space, members: Sequence[Values]) -> None:
+    """Refuse a study in which a population could change nothing, or nothing that can be changed.
+
+    Args:
+        spec: The study.
+        space: What is varied, the recipe that is varied included.
+        members: What they begin with.
 
     Raises:
-        UserError: It cannot be used.
+        UserError: It cannot be tried.
     """
-    varied = [key for key in space if key in CHANGEABLE]
+    rungs, varied = even_rungs(spec.budget), [key for key in space if key in CHANGEABLE]
+    if spec.search == "optuna":
+        raise UserError(
+            "--search optuna cannot be had with --scheduler pbt",
+            "the population itself chooses, by what it has found",
+            "give --search random, or grid",
+        )
+    if len(rungs) < 2:
+        raise UserError(
+            "a population has nothing to decide", f"there is {rungs[0]} step", "give more --steps"
+        )
+    for setting, idle in ((CHANGES, ()), ("train.lr_scheduler", "constant")):
+        if setting in space or getattr(spec.runs[0].train, setting.removeprefix("train.")) != idle:
+            raise UserError(
+                f"{setting} cannot be had with --scheduler pbt",
+                "what settings become on their way is what it finds",
+                "leave it out, or use another --scheduler",
+            )
     if not varied:
         raise UserError(
             "nothing in the space may change during a run",
@@ -52,15 +77,22 @@ def refuse_fixed(space: Space, members: Sequence[Values]) -> None:
         )
     for key in varied:
         one = space[key]
-        values = one.options if isinstance(one, Choice) else (one.low, one.high)
-        if any(isinstance(value, bool) or not isinstance(value, int | float) for value in values):
-            raise UserError(f"{key} cannot be varied so by a population", f"{values}", "give numbers")
-        if key == "prior.weight" and min(values) <= 0:
+        ends = one.options if isinstance(one, Choice) else (one.low, one.high)
+        if any(isinstance(value, bool) or not isinstance(value, int | float) for value in ends):
+            seen = ", ".join(map(str, ends))
+            raise UserError(f"{key} of the space cannot be used by a population", seen, "give numbers alone")
+        if key == "prior.weight" and min(ends) <= 0:
             raise UserError(
                 "prior.weight cannot become 0 during a run, nor leave it",
-                f"the space has {values}, the recipe that is varied included",
+                f"the space has {min(ends):g}, the recipe that is varied included",
                 "give weights above 0, or use another --scheduler",
             )
+    for values in members:  # what is trained may be in the space too
+        nudged = {key: value for key, value in values.items() if key in CHANGEABLE}
+        changed = {**values, CHANGES: [{"after": rungs[0], **sections(nudged)}], "train.steps": spec.budget}
+        for run in spec.runs:
+            raw = merge(run.model_dump(mode="json", by_alias=True), sections(changed))
+            parse_run(merge(raw, {"train": {"stop": None}}))
 
 
 def split(

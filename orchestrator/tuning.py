@@ -12,7 +12,7 @@ from cluster.session import gpu_count, session
 from cluster.storage import Storage
 from orchestrator.bench import Bench, Record, forget, read_trial, study_path
 from orchestrator.gate import gained
-from orchestrator.population import CHANGES, even_rungs, refuse_fixed, settings_now
+from orchestrator.population import even_rungs, refuse_idle
 from orchestrator.prepare import Prepared, prepare
 from orchestrator.progress import Stages
 from orchestrator.protocol import SETS, prompts_for
@@ -23,7 +23,6 @@ from orchestrator.study import rungs, search
 from orchestrator.study_mirror import mirror_study
 from orchestrator.study_page import write_study_page
 from orchestrator.study_spec import StudyOutcome, StudySpec
-from training.change_settings import CHANGEABLE
 from training.critic import Scores
 from training.defaults import base_family
 from training.embedders import DEFAULTS, open_embedder
@@ -131,41 +130,12 @@ class _Study:
 
     def _refuse_idle(self) -> None:
         """Refuse what could not be tried, before anything is drawn."""
-        spec, budget = self.spec, {"train": {"steps": self.spec.budget, "stop": None}}
-        for run in spec.runs:
-            if run.train.changes and not spec.population:
+        if self.spec.population:
+            refuse_idle(self.spec, self.space, self._recipes())
+        for run in self.spec.runs:  # whose changes may come after the last step of a trial
+            if run.train.changes:
+                budget = {"train": {"steps": self.spec.budget, "stop": None}}
                 parse_run(merge(run.model_dump(mode="json", by_alias=True), budget))
-        if not spec.population:
-            return
-        if spec.search == "optuna":
-            raise UserError(
-                "--search optuna cannot be had with --scheduler pbt",
-                "the population itself chooses, from what it has found",
-                "give --search random, or grid",
-            )
-        if len(even_rungs(spec.budget)) < 2:
-            raise UserError(
-                "a population has nothing to decide",
-                f"there is {spec.budget} step",
-                "give more --steps",
-            )
-        for setting, idle in (("train.changes", ()), ("train.lr_scheduler", "constant")):
-            given = getattr(spec.runs[0].train, setting.removeprefix("train."))
-            if given != idle or setting in spec.space:
-                raise UserError(
-                    f"{setting} cannot be had with --scheduler pbt",
-                    "what the rates become on their way is what it finds",
-                    "leave it out, or use another --scheduler",
-                )
-        members = self._recipes()
-        refuse_fixed(self.space, members)
-        first, _ = even_rungs(spec.budget)[:2]
-        for values in members:
-            nudged = {key: value for key, value in settings_now(values).items() if key in CHANGEABLE}
-            change = {CHANGES: [{"after": first, **sections(nudged)}]}
-            for run in spec.runs:
-                raw = merge(run.model_dump(mode="json", by_alias=True), sections({**values, **change}))
-                parse_run(merge(raw, budget))
 
     def _agree(self) -> dict[str, Any] | None:
         """Put the study on record, or see that what is there is the same; returns what it found, if it is done."""
