@@ -2,8 +2,6 @@
 
 import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,6 @@ import yaml
 from safetensors.torch import load_file
 
 from cluster.errors import UserError
-from cluster.session import session
 from cluster.storage import Storage
 from orchestrator import bench
 from orchestrator.population import (
@@ -127,7 +124,7 @@ def raw(base: Path, photos: Path) -> dict[str, Any]:
         "subject": {"name": "one", "class": "dog", "images": [str(photos)]},
         "prior": {"num_images": 2, "steps": 2},
         "train": {"lr": 1e-3, "warmup_steps": 1},
-        "validate": {"every": 0},
+        "validate": {"every": 0, "prompts": []},
     }
 
 
@@ -197,15 +194,6 @@ def test_what_a_population_could_not_do_is_refused_before_anything_is_drawn(
 
 class BrokenOff(Exception):
     """In place of a kill."""
-
-
-@pytest.fixture
-def one_ray(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """One private Ray for all that a test does, where each command would start one."""
-    with session(None, 12, storage):
-        for module in ("tuning", "single"):
-            monkeypatch.setattr(f"orchestrator.{module}.session", lambda *_: nullcontext())
-        yield
 
 
 def records(storage: Storage) -> dict[str, dict[str, Any]]:
