@@ -7,7 +7,7 @@ from ray.tune.schedulers import PopulationBasedTraining
 from ray.tune.search import BasicVariantGenerator
 
 from cluster.storage import Storage
-from orchestrator.bench import LOST, RUNG, STEP, WORTH, Bench
+from orchestrator.bench import LOST, RUNG, WORTH, Bench
 from orchestrator.population import donor_of, heir, split
 from orchestrator.space import Space, key_of
 from orchestrator.takeover import take_over
@@ -65,7 +65,9 @@ class Population(PopulationBasedTraining):  # type: ignore[misc]  # Ray has no t
             cache.increase_max(trial.placement_group_factory, self._gangs)
 
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
-        if not trial.should_recover():  # the others would wait for it without end
+        if (
+            trial.status != Trial.ERROR
+        ):  # it is given up, not tried again: the others would wait for it without end
             tune_controller.request_stop_experiment()
 
     def choose_trial_to_run(self, tune_controller: Any) -> Any:
@@ -104,7 +106,7 @@ class Population(PopulationBasedTraining):  # type: ignore[misc]  # Ray has no t
         return {"values": self._heir}, {}
 
     def _step_of(self, trial: Any) -> int:
-        return int(self._trial_state[trial].last_result[STEP])
+        return self._bench.rungs[int(self._trial_state[trial].last_result[RUNG]) - 1]
 
 
 def _key(trial: Any) -> str:

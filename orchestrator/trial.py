@@ -13,7 +13,18 @@ from uuid import uuid4
 from cluster.errors import SystemFailure, UserError, failure_of
 from cluster.mailbox import MailboxClient, create
 from cluster.storage import Storage
-from orchestrator.bench import Bench, Record, forget, grid_path, read_trial, trial_path, trial_run, version_of
+from orchestrator.bench import (
+    LOST,
+    RUNG,
+    Bench,
+    Record,
+    forget,
+    grid_path,
+    read_trial,
+    trial_path,
+    trial_run,
+    version_of,
+)
 from orchestrator.events import GangThread
 from orchestrator.population import begun_at
 from orchestrator.prepare import Prepared, prepare
@@ -28,7 +39,7 @@ from training.png import tiles
 from training.prior import prior_images, prior_key, prior_pngs
 from training.prompt import CLASS_PROMPT
 
-LOST = {
+WORST = {
     "worth": -1.0,
     "dino": -1.0,
     "clip_t": -1.0,
@@ -165,22 +176,19 @@ class Trial:
             except (
                 UserError
             ) as error:  # such as a learning rate with which it diverges: an answer, and no good one
-                rows.append({"step": step, **LOST, "steps_spent": 0, "reason": error.as_json()})
+                rows.append({"step": step, **WORST, "steps_spent": 0, "reason": error.as_json()})
                 self.record["state"], ended = "failed", True
             self._place.storage.write_json(trial_path(self._bench.study, self.key), self.record)
             if ended and not self._bench.population:  # of which any history may be needed to the end
                 forget(self._place.storage, self._bench, self.key)
         ended = rung + 1 == len(self._bench.rungs)
-        failed = self.record["state"] == "failed"
-        if self._bench.population:  # one that is lost may still take over, and is over if it did not
-            stopped = failed and place >= len(rows)
-        else:
-            stopped = (failed or self.record["state"] == "stopped") and place + 1 >= len(rows)
+        over = self.record["state"] in ("stopped", "failed") and place + 1 >= len(rows)
         return {
             **rows[min(place, len(rows) - 1)],
-            "last": ended or stopped,
-            "rung": rung + 1,
-            "lost": failed and place + 1 >= len(rows),
+            # a member that is lost says so again at every rung, until it takes over: the others wait for all
+            "last": ended or (over and not self._bench.population),
+            RUNG: rung + 1,
+            LOST: over and self.record["state"] == "failed",
         }
 
     def _climb(self, until: int, since: int) -> Record:

@@ -30,9 +30,11 @@ from orchestrator.space import key_of, parse_space
 from orchestrator.spec import parse_run
 from orchestrator.study_spec import StudySpec
 from orchestrator.train import train_subject
+from orchestrator.trial import Workplace
 from orchestrator.tuning import found_at, recipe_text, run_study
 from pocket.subject import subject_photos
 from training.artifact import open_artifact
+from training.gang import GangShape
 from training.section import merge
 
 SPACE = parse_space(
@@ -113,6 +115,29 @@ def test_a_history_is_told_with_all_that_it_took_over() -> None:
         "train.lora.rank": 8,
         "prior.weight": "1, 2 after 80",
     }
+
+
+def told(storage: Storage, values: dict[str, Any], rungs: int, **shared: Any) -> list[tuple[Any, ...]]:
+    """What a trial tells at its rungs from the record, until it says that nothing comes after."""
+    about = bench.Bench("night", storage.uri, (), (), 1, (1, 2, 3), "", "", GangShape(), "cpu", **shared)
+    trial = Workplace(about).begin(values)
+    trial.go_on(rungs)
+    found = [trial.step()]
+    while not found[-1]["last"]:
+        found.append(trial.step())
+    return [(row["rung"], row["step"], row["lost"]) for row in found]
+
+
+def test_a_member_tells_its_rungs_from_the_record_and_one_that_is_lost_waits_to_take_over(
+    storage: Storage,
+) -> None:
+    changed = {**DONOR, CHANGES: [{"after": 1, "train": {"lr": 2e-3}}]}
+    for values, steps in ((DONOR, [1, 2]), (changed, [2])):
+        record = {"values": values, "state": "failed", "rows": [{"step": step} for step in steps]}
+        storage.write_json(bench.trial_path("night", key_of(values)), record)
+    assert told(storage, changed, 1, population=True) == [(2, 2, True), (3, 2, True)]
+    assert told(storage, DONOR, 0, population=True) == [(1, 1, False), (2, 2, True), (3, 2, True)]
+    assert told(storage, DONOR, 0) == [(1, 1, False), (2, 2, True)]  # where nobody takes over it is stopped
 
 
 # -- studies -------------------------------------------------------------------------------------------------
