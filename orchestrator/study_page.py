@@ -14,7 +14,6 @@ from orchestrator.plots import bars, curves, scatter
 from orchestrator.population import CHANGES, course_of, rows_of
 from orchestrator.space import Space
 from orchestrator.study_spec import StudyOutcome
-from orchestrator.takeover import REPLACED
 from orchestrator.thumbnails import thumbnail
 from orchestrator.tracking import flatten
 from training.prompt import CLASS_PROMPT
@@ -147,7 +146,7 @@ def _line(key: str, trials: Mapping[str, Record], whole: bool = False) -> list[t
 
 @dataclass(frozen=True)
 class _Member:
-    """A history that was trained to its end, or given up."""
+    """A history that no member left for another's."""
 
     key: str
     word: str
@@ -158,8 +157,8 @@ class _Member:
 
 def _members(trials: Mapping[str, Record], words: Mapping[str, str]) -> list[_Member]:
     """What the members ended with, the best first."""
-    found = []
-    for key in (key for key, record in trials.items() if record["state"] != REPLACED):
+    found, left = [], {record.get("instead_of") for record in trials.values()}
+    for key in (key for key in trials if key not in left):
         rungs, before = [], ""
         for own, row in rows_of(key, trials):
             begins = bool(before) and own != before
