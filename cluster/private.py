@@ -8,25 +8,33 @@ import secrets
 import shutil
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import ray
 from ray._private import services
+from ray._private.node import Node
 
 from cluster.errors import SystemFailure
 from cluster.machine import sees_gpu
 
 OBJECT_STORE_BYTES = 512 * 1024**2  # of a private Ray: latents and photos are small, /dev/shm often is too
 START_S = 120  # for Ray's own processes; Ray itself gives up after 30 s, which a busy machine may need
+LODGER_S = 3.0  # for a thread to see that Ray ends
 LONGEST_TEMPORARY = 40  # characters: a socket's path ends at 107, and Ray appends about 60 of its own
 
 # Of a private Ray, which nobody drains and nobody watches: each of these is a process or work for one.
-PRIVATE = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0", "RAY_TRAIN_METRICS_ENABLED": "0"}
+PRIVATE = {
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",  # the driver's own log is ours
+}
 # Where there is no GPU: DeepSpeed would compile kernels nobody calls (91 s), and imports inductor (2-3 s).
 WITHOUT_GPU = {"DS_ACCELERATOR": "cpu", "TORCHDYNAMO_DISABLE": "1"}
 
@@ -65,7 +73,39 @@ def private_ray(cpus: int, common: Mapping[str, Any]) -> Iterator[None]:
         try:
             yield
         finally:
+            _lodgings.end()
             ray.shutdown()
+
+
+class _Lodgings:
+    """The threads that work with a private Ray until it ends."""
+
+    def __init__(self) -> None:
+        self.ending = threading.Event()
+        self.threads: set[threading.Thread] = set()
+
+    def end(self) -> None:
+        """Tell them that it ends, and wait a moment for them. The next Ray has others."""
+        ending, self.ending = self.ending, threading.Event()
+        ending.set()
+        until = time.monotonic() + LODGER_S
+        for thread in list(self.threads):
+            thread.join(max(0.0, until - time.monotonic()))
+
+
+_lodgings = _Lodgings()
+
+
+@contextmanager
+def lodging() -> Iterator[threading.Event]:
+    """For a thread that works with the private Ray until it ends: an event that says so. It is waited for a moment, as
+    Ray's end takes away what it stands on."""
+    me = threading.current_thread()
+    _lodgings.threads.add(me)
+    try:
+        yield _lodgings.ending
+    finally:
+        _lodgings.threads.discard(me)
 
 
 @contextmanager
@@ -84,20 +124,22 @@ def _environ(values: Mapping[str, str]) -> Iterator[None]:
 def _few_processes() -> Iterator[None]:
     """Have Ray start without those of its processes that a private one has no use for.
 
-    They are what follows logs for drivers that show them, what asks a cloud for nodes, and the modules of a dashboard
-    that is not shown: 5 CPU seconds. Ray has no setting for it; the version that we pin has these two places.
+    They are what follows logs for drivers that show them, what asks a cloud for nodes, the modules of a dashboard that
+    is not shown, and its server, which would tell Ray's makers of this cluster: 6 CPU seconds, and a start that waits
+    for one after the other. Ray has no setting for it; the version that we pin has these three places.
     """
-    parameters, dependencies = (
-        ray._private.parameter.RayParams,
-        ray._private.utils.get_dashboard_dependency_error,
-    )
-    ray._private.parameter.RayParams = partial(parameters, include_log_monitor=False, no_monitor=True)
-    ray._private.utils.get_dashboard_dependency_error = lambda: ImportError("not wanted")
-    try:
+    few = partial(ray._private.parameter.RayParams, include_log_monitor=False, no_monitor=True)
+    wanting = "get_dashboard_dependency_error"
+    with (
+        patch.object(ray._private.parameter, "RayParams", few),
+        patch.object(ray._private.utils, wanting, lambda: ImportError("not wanted")),
+        patch.object(Node, "start_api_server", _no_server),
+    ):
         yield
-    finally:
-        ray._private.parameter.RayParams = parameters
-        ray._private.utils.get_dashboard_dependency_error = dependencies
+
+
+def _no_server(node: Any, **settings: Any) -> None:
+    node._webui_url = None
 
 
 @contextmanager

@@ -239,7 +239,9 @@ def _go(
 
     from orchestrator.campaign import run_campaign
     from orchestrator.campaign_watch import CampaignWatch
+    from training.imports import forgo
 
+    forgo()
     stream = None if watch else open(os.devnull, "w")  # noqa: SIM115, PTH123
     with CampaignWatch(stream) as shown:
         outcome = run_campaign(campaign, record, root, address or None, shown)

@@ -81,7 +81,9 @@ def generate(
         from orchestrator.progress import open_stages
         from serving.generate import generate as draw
         from serving.provenance import Provenance
+        from training.imports import forgo
 
+        forgo()
         wanted = [*(prompts or []), *(read_lines(prompts_file, "prompts") if prompts_file else [])]
         if not wanted:
             raise UserError(

@@ -165,7 +165,9 @@ def train(
         root = Storage(storage_root(storage))
         from orchestrator.progress import open_stages
         from orchestrator.train import train_subject
+        from training.imports import forgo
 
+        forgo()
         outcome = train_subject(run, root, open_stages(), address or None, new_version)
         output.result = outcome.as_json()
         if outcome.already_there:

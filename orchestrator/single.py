@@ -1,30 +1,30 @@
 """This file is where one run goes through its stages: prior, latents, gang, registry, tracking."""
 
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 from uuid import uuid4
 
-from cluster.mailbox import create
+from cluster.errors import failure_of
+from cluster.mailbox import MailboxClient, create
 from cluster.objects import StorageError
 from cluster.session import check_fits, gpu_count, resolve_address, session
 from cluster.storage import Storage
 from orchestrator.events import GangThread
 from orchestrator.prepare import Destination, Prepared
-from orchestrator.progress import Stage, Stages
+from orchestrator.progress import Stages
 from orchestrator.run_record import RunRecord
 from orchestrator.signals import Signals, Terminated
-from orchestrator.watch import Watch
+from orchestrator.watch import POLL_S, Watch, ended
 from training.gang import GangShape, run_gang
 from training.latents import ImageSet, latent_refs, missing_images
-from training.lease import Lease
-from training.png import decode_png, encode_png, grid
+from training.lease import Draw, Lease
 from training.prior import draw_prior, prior_count, prior_images
 from training.prompt import render_prompt
-from training.request import FORWARD_ROWS
-from training.stream import Pool, draw_pngs, encode
+from training.request import DrawRequest
+from training.stream import Pool, encode
 
 STOP_S = 30  # a gang that was told to stop ends within one step and its clean-up
 
@@ -85,8 +85,6 @@ class SingleRun:
                 pool = Pool(gpus=1.0 if gpus else 0.0)
                 subject, prior = self._images(pool)
                 metrics = self._train(shape, subject, prior)
-                self._becomes("publishing")
-                self._samples(pool)
             self.outcome.metrics = {key: float(value) for key, value in metrics.items()}
             self.record.register(metrics, self.outcome.prior_key)
             self.record.succeeded()
@@ -133,59 +131,79 @@ class SingleRun:
         self.stages.note("another run is drawing these class images: waiting for it")
 
     def _train(self, shape: GangShape, subject: ImageSet, prior: ImageSet | None) -> Mapping[str, float]:
-        """Hand the run to a gang and watch it; returns its last metrics."""
-        done = self.record.published()
-        if done is not None:  # before the driver died
-            return done
+        """Hand the run to a gang, watch it, and have it draw what it was trained for; returns its last metrics."""
+        metrics: Mapping[str, float] | None = self.record.published()  # before the driver died
         base, wanted = self.prepared.base, self.prepared.run.prior.num_images
         of_class = latent_refs(self.storage, base, prior, wanted) if prior else []
         lease = self.record.lease(latent_refs(self.storage, base, subject), of_class, self.outcome.prior_key)
-        self._becomes("training")
-        with self.stages.stage(f"training {self.prepared.name}", self.prepared.run.train.steps) as stage:
-            return self._watch(shape, lease, stage)
+        asked = self._samples(lease)
+        if metrics is not None and not asked:
+            return metrics
+        with self._gang(shape) as (mailbox, gang):
+            if metrics is None:
+                metrics = self._watch(mailbox, gang, lease)
+            self._becomes("publishing")
+            if asked:
+                self._draw(mailbox, gang, asked)
+        return metrics
 
-    def _watch(self, shape: GangShape, lease: Lease, stage: Stage) -> Mapping[str, float]:
-        mailbox_name = f"raybooth-{lease.name}-{lease.version}-{uuid4().hex[:8]}"
-        mailbox = create(mailbox_name)
-        gang = GangThread(lambda: run_gang(mailbox_name, shape, self.scratch))
-        mailbox.post(lease)
+    @contextmanager
+    def _gang(self, shape: GangShape) -> Iterator[tuple[MailboxClient, GangThread]]:
+        """A gang and its mailbox, until there is nothing more for it to do."""
+        name = f"raybooth-{self.prepared.name}-{self.record.version}-{uuid4().hex[:8]}"
+        mailbox = create(name)
+        gang = GangThread(lambda: run_gang(name, shape, self.scratch))
         gang.start()
-        watch = Watch(mailbox, gang, self.record, stage, self.stages, self.signals)
         try:
-            with self.signals.patiently():
-                metrics = watch.until_published()
+            yield mailbox, gang
         except BaseException:
             mailbox.close()  # the gang dies with the session; waiting for it to finish its run would take long
             raise
         mailbox.stop()
         gang.join(timeout=STOP_S)
         mailbox.close()
-        return metrics
 
-    def _samples(self, pool: Pool) -> None:
-        """Draw the sample grid of the finished artifact: one row a prompt."""
+    def _watch(self, mailbox: MailboxClient, gang: GangThread, lease: Lease) -> Mapping[str, float]:
+        self._becomes("training")
+        mailbox.post(lease)
+        with self.stages.stage(f"training {self.prepared.name}", self.prepared.run.train.steps) as stage:
+            watch = Watch(mailbox, gang, self.record, stage, self.stages, self.signals)
+            with self.signals.patiently():
+                return watch.until_published()
+
+    def _samples(self, lease: Lease) -> Draw | None:
+        """The sample grid of the finished artifact: one row a prompt."""
         wanted, identity = self.prepared.run.validate_, self.prepared.identity
-        if not wanted.prompts:
-            return
-        requests = [
-            {
-                "index": row * wanted.num_images + seed,
-                "prompt": render_prompt(prompt, identity.class_noun, identity.identifier, identity.template),
-                "seed": seed,
-                "steps": wanted.steps,
-                "guidance": wanted.guidance,
-            }
-            for row, prompt in enumerate(wanted.prompts)
+        requests = tuple(
+            DrawRequest(
+                render_prompt(prompt, identity.class_noun, identity.identifier, identity.template),
+                seed,
+                steps=wanted.steps,
+                guidance=wanted.guidance,
+            )
+            for prompt in wanted.prompts
             for seed in range(wanted.num_images)
-        ]
-        source = (self.storage.uri, self.prepared.name, self.record.version)
-        with self.stages.stage("drawing samples", len(requests)) as stage:
-            images = []
-            for row in draw_pngs(self.prepared.base, requests, pool, FORWARD_ROWS[pool.device], source):
-                images.append(decode_png(bytes(row["png"])))
-                stage.advance()
-        picture = encode_png(grid(images, columns=wanted.num_images), None)
-        self.storage.write(f"{self.record.path}/samples.png", picture)
+        )
+        return (
+            Draw(lease, requests, wanted.num_images, f"{self.record.path}/samples.png") if requests else None
+        )
+
+    def _draw(self, mailbox: MailboxClient, gang: GangThread, asked: Draw) -> None:
+        """Have the workers draw the sample grid: another process would first have to load what they have."""
+        number = mailbox.post(asked)
+        with self.stages.stage("drawing samples", sum(request.steps for request in asked.requests)) as stage:
+            drawn = False
+            while not drawn:
+                alive = gang.is_alive()
+                for event in mailbox.drain(POLL_S):
+                    if event.lease == number and event.kind == "drawn":
+                        stage.at(int(event.payload["steps"]))
+                    elif event.lease == number and event.kind == "failed":
+                        raise failure_of(event.payload)
+                    drawn |= event.lease == number and event.kind == "published"
+                if not (alive or drawn):
+                    raise ended(gang)
+        picture = self.storage.read(asked.path)
         self.record.mirrors.image("samples", picture, self.prepared.run.train.steps)
 
 

@@ -64,10 +64,7 @@ class Watch:
                     return metrics
             self._pass_on_signals()
             if not alive:
-                seen = (str(self._gang.error or "").strip().splitlines() or [""])[-1]
-                raise SystemFailure(
-                    "the gang ended before the run did", seen, "run the same command again"
-                ) from self._gang.error
+                raise ended(self._gang)
             self._tell_of_silence(bool(heard))
 
     def _take(self, event: Event) -> Mapping[str, float] | None:
@@ -118,6 +115,14 @@ class Watch:
             self._told_of_silence = True
             free = free_resources()
             self._stages.note(f"no news from the workers for {PATIENCE_S:.0f} s; the cluster has {free} free")
+
+
+def ended(gang: GangThread) -> SystemFailure:
+    """The failure of a run whose gang is no more."""
+    seen = (str(gang.error or "").strip().splitlines() or [""])[-1]
+    failure = SystemFailure("the gang ended before the run did", seen, "run the same command again")
+    failure.__cause__ = gang.error
+    return failure
 
 
 def _figures(row: Mapping[str, float]) -> str:

@@ -6,11 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import nn
 
-from training.artifact import artifact_hash
+from cluster.storage import Storage
+from training.artifact import artifact_hash, open_artifact
+from training.lease import Draw
 from training.outfit import PLAIN
 from training.pipeline import BaseInfo
+from training.png import encode_png, grid
 from training.request import DrawRequest
 from training.studio import Row, Studio
 
@@ -24,6 +29,7 @@ class Drawer:
         manifest: The artifact's; its base must be `base`.
         device: `cpu`, `cuda`, or `auto`.
         width: Rows of a forward pass; `None` takes the device's.
+        models: As a `Studio` takes them.
 
     Raises:
         UserError: The artifact was trained from another base.
@@ -37,9 +43,10 @@ class Drawer:
         manifest: Mapping[str, Any] | None = None,
         device: str = "auto",
         width: int | None = None,
+        models: tuple[nn.Module, nn.Module] | None = None,
     ) -> None:
         self.base = base
-        self.studio = Studio(base, device, width)
+        self.studio = Studio(base, device, width, models=models)
         self.wear(artifact, manifest)
 
     def wear(self, artifact: Path | None, manifest: Mapping[str, Any] | None = None) -> None:
@@ -80,3 +87,32 @@ class Drawer:
         if running and running[0].x.shape != row.x.shape:
             return False
         return sum(other.cost for other in running) + row.cost <= self.studio.width
+
+
+def draw_grid(
+    asked: Draw, base: BaseInfo, models: tuple[nn.Module, nn.Module], on_step: Callable[[int], None]
+) -> None:
+    """Draw a published artifact and write the images, which are those of any other drawer, as one picture.
+
+    Args:
+        asked: What is drawn, and where the picture goes.
+        base: What it was trained from.
+        models: Its UNet and text encoder, frozen, on the device to draw on. Parameters are left as they were.
+        on_step: Called with the denoising steps done.
+
+    Raises:
+        UserError: A prompt is too long, or a sampler cannot do what is asked.
+        SystemFailure: The artifact cannot be read.
+    """
+    storage, threads = Storage(asked.first.storage_uri), torch.get_num_threads()
+    device = next(models[0].parameters()).device.type
+    try:
+        with open_artifact(storage, asked.first.name, asked.first.version) as artifact:
+            drawer = Drawer(base, artifact.folder, artifact.manifest, device, models=models)
+        try:
+            images = drawer.draw(asked.requests, lambda done, total: on_step(done))
+        finally:
+            drawer.studio.rest()
+    finally:
+        torch.set_num_threads(threads)
+    storage.write(asked.path, encode_png(grid(images, asked.columns), None))

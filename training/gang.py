@@ -30,8 +30,9 @@ from ray.train.v2._internal.execution.controller.state import ResizingState
 from cluster.errors import RayboothError
 from cluster.mailbox import LEAVE, MEMORY, MailboxClient, Withdrawn, connect, failure
 from cluster.session import is_private
+from training.household import control, keep_house
 from training.imports import forgo
-from training.lease import Bank, Calibrate, Lease
+from training.lease import Bank, Calibrate, Draw, Lease
 from training.listener import Listener
 from training.wish import Dropped, no_wish
 
@@ -92,9 +93,15 @@ def run_gang(mailbox_name: str, shape: GangShape, scratch: str | None = None) ->
 class _Trainer(TorchTrainer):  # type: ignore[misc]  # Ray has no types here
     """Ray's trainer without what starts a process, 2 CPU seconds each, that does nothing for a gang.
 
-    It reads no dataset of Ray Train's. What frees the workers' room after a controller that was killed is for clusters
-    that outlive it.
+    In a private Ray its controller is a thread. It reads no dataset of Ray Train's. What frees the room of the workers
+    of a controller that was killed is for clusters that outlive it.
     """
+
+    def _initialize_and_run_controller(self, **settings: Any) -> Any:
+        if not is_private():
+            return super()._initialize_and_run_controller(**settings)
+        keep_house()
+        return control(**settings)
 
     def _create_default_callbacks(self) -> list[Any]:
         unused = (DatasetsCallback, *((PlacementGroupCleanerCallback,) if is_private() else ()))
@@ -142,7 +149,11 @@ def _work(config: Mapping[str, Any]) -> None:
     torch.set_num_threads(int(config["cpus_per_worker"]))
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
-    device, mailbox = _device(config["gpus_per_worker"]), connect(config["mailbox"])
+    try:
+        mailbox = connect(config["mailbox"])
+    except ValueError:  # whoever started the gang has given it up while it was not there
+        return
+    device = _device(config["gpus_per_worker"])
     base: ResidentBase | None = None
     number = [mailbox.resume() if rank == 0 else 0]
     dist.broadcast_object_list(number, src=0)
@@ -217,6 +228,8 @@ class _Rank:
             self._bank(lease)
         elif isinstance(lease, Calibrate):
             self._calibrate(lease)
+        elif isinstance(lease, Draw):
+            self._draw(lease)
         else:
             self._one(lease)
 
@@ -271,3 +284,16 @@ class _Rank:
             self._report(0, "failed", failure(error))
         else:
             self._report(0, "published", {"metrics": asdict(found)})
+
+    def _draw(self, asked: Draw) -> None:
+        from training.draw import draw_grid
+
+        if self.rank:
+            return
+        try:
+            models = self.base.fresh(share=True)
+            draw_grid(asked, self.base.info, models, lambda steps: self._report(0, "drawn", {"steps": steps}))
+        except RayboothError as error:
+            self._report(0, "failed", failure(error))
+        else:
+            self._report(0, "published", {"metrics": {}})

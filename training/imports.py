@@ -6,11 +6,14 @@ A driver needs no model, and a process that draws or trains spends more on impor
 import gc
 import importlib.metadata
 import logging
+import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import cache
+from pathlib import Path
 from threading import RLock
+from types import ModuleType
 from typing import Any, cast
 from unittest.mock import patch
 
@@ -19,6 +22,11 @@ from training.basekind import T5
 making = RLock()
 """Held by who makes modules where other threads may load models; see `loading`."""
 _forgone: set[str] = set()
+# Of transformers' models those that we load, and those that diffusers and peft name. It reads the source of all 500,
+# twice, when it is imported, to find what is in them: 0.6 CPU s. Another can still be imported by its path.
+_MODELS = {"auto", "clip", "t5", "dinov2_with_registers", "siglip", "vit_mae", "bloom"}
+_FOLDER = ("transformers", "models")
+_COMPILER = "torch._dynamo"
 # Whose package a module is of: transformers and diffusers both read all that is installed for it, 0.3 CPU s each.
 _distributions = cache(importlib.metadata.packages_distributions)
 # Which diffusers imports where it is installed: it tells of kernels that it has not, for layers that we have not.
@@ -34,8 +42,8 @@ def forgo(only_vae: bool = False) -> None:
         only_vae: Of models it will load a VAE and no other.
     """
     # scipy is for schedulers that are not ours and for losses of detectors, peft for loaders that are not ours (our
-    # adapters import it themselves): 1 CPU s together. A VAE reads no text: 1 more.
-    _forgone.update({"scipy", "peft"}, {"transformers"} if only_vae else ())
+    # adapters import it themselves), boto3 for a cloud's training jobs: 1 CPU s together. A VAE reads no text: 1 more.
+    _forgone.update({"scipy", "peft", "boto3"}, {"transformers"} if only_vae else ())
 
 
 @contextmanager
@@ -50,13 +58,62 @@ def without(*packages: str) -> Iterator[None]:
     collected = gc.isenabled()
     gc.disable()
     try:
-        with patch.object(importlib.metadata, "packages_distributions", _distributions):
+        with ExitStack() as stack:
+            stack.enter_context(patch.object(importlib.metadata, "packages_distributions", _distributions))
+            stack.enter_context(_no_compiler())
+            if _forgone:
+                stack.enter_context(patch.object(os, "scandir", _scan_of(os.scandir)))
             yield
     finally:
         if collected:
             gc.enable()
         for name in hidden:
             sys.modules.pop(name, None)
+
+
+def _scan_of(scandir: Callable[..., Any]) -> Callable[..., Any]:
+    """`os.scandir` that finds `_MODELS` and no others among those of transformers."""
+
+    @contextmanager
+    def few(path: Any) -> Iterator[Any]:
+        with scandir(path) as entries:
+            yield (entry for entry in entries if entry.name in _MODELS)
+
+    def scan(path: Any = ".") -> Any:  # other threads scan too, and what `os.scandir` takes may be a number
+        models = isinstance(path, str | Path) and Path(path).parts[-2:] == _FOLDER
+        return few(path) if models else scandir(path)
+
+    return scan
+
+
+class _NoCompiler(ModuleType):
+    """In place of torch's compiler, while modules are imported that mark functions for it: marks nothing."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return lambda function=None, *options, **named: function or (lambda marked: marked)
+
+
+@contextmanager
+def _no_compiler() -> Iterator[None]:
+    """Nothing is compiled while models are imported and made, and torch's compiler takes 0.5 to 0.8 CPU s to import.
+
+    Who needs it later imports it.
+    """
+    torch: Any = sys.modules.get("torch")
+    if not _forgone or torch is None or _COMPILER in sys.modules:
+        yield
+        return
+    standing: Any = _NoCompiler(_COMPILER)
+    standing.__path__ = [
+        str(Path(path) / "_dynamo") for path in torch.__path__
+    ]  # its parts are imported as ever
+    sys.modules[_COMPILER] = torch._dynamo = standing
+    try:
+        yield
+    finally:
+        del sys.modules[_COMPILER], torch._dynamo
 
 
 def vae_class() -> Any:
@@ -112,7 +169,7 @@ def loading() -> Iterator[None]:
 
     The bars of the libraries that are imported are not shown: a part is read in a moment, and the bars are ours.
     """
-    with making, _quiet():
+    with making, _quiet(), _no_compiler():
         yield
 
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from cluster.mailbox import fetch
 from training.buckets import Rows
 from training.recipe import Run
+from training.request import DrawRequest
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,19 @@ class Calibrate:
     first: Lease
     room: int | None
     """Bytes that the worker may take; `None` is unknown."""
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Images of an artifact that was published, by the worker that trained it: it has in memory what it takes."""
+
+    first: Lease
+    """The run, as it was trained."""
+    requests: tuple[DrawRequest, ...]
+    columns: int
+    """Of the grid that they make."""
+    path: str
+    """Where under the root the grid goes."""
 
 
 def latent_table(references: Sequence[Any]) -> LatentTable | None:

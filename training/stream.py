@@ -20,6 +20,7 @@ from ray.exceptions import RayError
 from cluster.errors import RayboothError, SystemFailure, failure_of
 from cluster.storage import Storage
 from training.buckets import bucket_step
+from training.household import keep_house
 from training.latents import ImageSet, latent_path, missing_shards, write_latents
 from training.pipeline import BaseInfo
 from training.png import Finish, encode_png
@@ -55,6 +56,7 @@ def _streaming() -> Iterator[None]:
         RayboothError: What a worker raised.
         SystemFailure: A worker failed otherwise.
     """
+    keep_house()
     context = DataContext.get_current()  # set for good: threads of a driver may stream at the same time
     context.execution_options.preserve_order, context.enable_progress_bars = True, False
     context.print_on_execution_start = False

@@ -92,10 +92,16 @@ class Studio:
         width: W; `None` takes the device's (`FORWARD_ROWS`).
         exact: Whether every forward pass has W rows. Else it has no more than there are, and a row's bits depend on
             how many were beside it, to 1/255 of an image.
+        models: The base's UNet and text encoder, frozen, for a studio alone; `None` loads them.
     """
 
     def __init__(
-        self, base: BaseInfo, device: str = "auto", width: int | None = None, exact: bool = True
+        self,
+        base: BaseInfo,
+        device: str = "auto",
+        width: int | None = None,
+        exact: bool = True,
+        models: tuple[nn.Module, nn.Module] | None = None,
     ) -> None:
         self.base = base
         self.device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
@@ -103,7 +109,7 @@ class Studio:
         if self.width < 2:
             raise ValueError("a guided image takes two rows")
         self._exact = exact
-        self.unet, self.text_encoder = load_unet(base), load_text_encoder(base)
+        self.unet, self.text_encoder = models or (load_unet(base), load_text_encoder(base))
         if self.device == "cpu" and sum(p.numel() for p in self.unet.parameters()) < SMALL:
             torch.set_num_threads(1)
         self.models = trained_parts(self.unet.to(self.device), self.text_encoder.to(self.device))

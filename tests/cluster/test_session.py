@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from ray._private import worker
 from cluster.errors import SystemFailure, UserError
 from cluster.machine import sees_gpu
 from cluster.mailbox import connect, create, fetch, put
+from cluster.private import lodging
 from cluster.session import (
     _EVERYWHERE,
     check_fits,
@@ -29,7 +31,15 @@ from cluster.storage import Storage
 def test_a_private_ray_has_the_cpus_that_were_asked_for_and_carries_letters(
     storage: Storage, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    threads: list[threading.Thread] = []
+
+    def lodge() -> None:
+        with lodging() as ending:
+            ending.wait()
+
     with session(None, 5, storage):
+        threads.append(threading.Thread(target=lodge, daemon=True))
+        threads[0].start()
         capsys.readouterr()
         worker.print_to_stdstream({"lines": ["out of memory"], "pid": "raylet", "is_err": False}, False)
         said = capsys.readouterr()
@@ -56,7 +66,9 @@ def test_a_private_ray_has_the_cpus_that_were_asked_for_and_carries_letters(
         with pytest.raises(UserError, match=rf"needs {gpus + 1} GPUs.*cluster\.gpus_per_worker"):
             check_fits(gpus + 1, 1, 1.0, fixed=True)
         check_fits(gpus + 1, 1, 1.0, fixed=False)  # it may grow
-    assert not ray.is_initialized()
+    assert not ray.is_initialized() and not threads[0].is_alive()
+    with lodging() as ending:
+        assert not ending.is_set()  # the next Ray's
 
 
 def test_a_cluster_that_is_not_there_is_a_clear_mistake(storage: Storage) -> None:

@@ -1,5 +1,6 @@
 """Real gangs on a tiny base: Ray Train, the mailbox, DeepSpeed, published artifacts."""
 
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -7,15 +8,19 @@ from uuid import uuid4
 
 import numpy as np
 import pytest
+import ray
 
 from cluster.errors import UserError
 from cluster.mailbox import NOBODY, Event, create, put
 from cluster.storage import Storage
 from training.artifact import open_artifact
 from training.batches import Batches
+from training.draw import Drawer
 from training.gang import GangShape, _last_words, run_gang
-from training.lease import Lease
+from training.lease import Draw, Lease
 from training.loop import ResidentBase
+from training.png import decode_png, grid
+from training.request import DrawRequest
 
 FULL = {
     "method": "full",
@@ -61,13 +66,15 @@ def losses(events: list[Event], lease: int) -> list[list[float]]:
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_session")
 def test_a_gang_trains_lease_after_lease_and_two_workers_give_the_losses_of_one(
-    with_latents: Callable[..., Lease], storage: Storage
+    with_latents: Callable[..., Lease], resident: ResidentBase, storage: Storage
 ) -> None:
     lora = with_latents("ada", train={**FULL, "method": "lora"}, checkpoint={"every": 2})
+    asked = [DrawRequest("a photo of a zwx dog", seed, steps=2) for seed in range(2)]
     bad = with_latents("bad", train={**FULL, "lr": 1.0, "steps": 60, "max_grad_norm": None})
     rex = with_latents("rex", train=FULL)
     again = [replace(rex, name="rex-again"), replace(lora, name="ada-again")]
-    alone = train([rex, bad, lora, *again], workers=1)
+    drawn = [Draw(of, tuple(asked), 2, f"{of.name}.png") for of in (rex, lora)]
+    alone = train([rex, bad, lora, *drawn, *again], workers=1)
     assert [e.kind for e in alone if e.lease == NOBODY] == ["awake"]
     kinds = [(e.lease, e.kind) for e in alone if e.kind != "step" and e.lease in (0, 1, 2)]
     assert kinds == [
@@ -87,11 +94,15 @@ def test_a_gang_trains_lease_after_lease_and_two_workers_give_the_losses_of_one(
     steps = [e.payload for e in alone if (e.lease, e.kind) == (0, "step")]
     assert [s["step"] for s in steps] == [1, 2, 3, 4]
     assert all((s["lr"], s["lr_text"]) == (1e-4, 1e-5) and s["steps_per_second"] > 0 for s in steps)
+    assert [e.kind for e in alone if e.lease in (3, 4)] == ["drawn", "drawn", "published"] * 2
     for name, method in (("rex", "full"), ("ada", "lora")):
         with open_artifact(storage, name, "v1") as artifact:
             assert artifact.manifest["method"] == method and artifact.manifest["metrics"]["loss_subject"] > 0
             assert artifact.identity.identifier == "zwx"
-        # whatever was trained in between, a diverged run among it, nothing of it is left in the gang
+            drawer = Drawer(resident.info, artifact.folder, artifact.manifest)
+            picture = decode_png(storage.read(f"{name}.png"))
+            assert np.array_equal(picture, grid(drawer.draw(asked), columns=2))
+        # whatever was trained and drawn in between, a diverged run among it, nothing of it is left in the gang
         first, second = (storage.manifest(f"artifacts/{of}/v1") for of in (name, f"{name}-again"))
         assert first and second and first["files"] == second["files"]
 
@@ -103,6 +114,21 @@ def test_a_gang_trains_lease_after_lease_and_two_workers_give_the_losses_of_one(
     for name in ("rex2", "ada2"):
         with open_artifact(storage, name, "v1") as artifact:
             assert artifact.folder.is_dir()
+    # what controls and coordinates them is in this process
+    actors = {actor["ActorClassName"] for actor in ray._private.state.actors().values()}
+    assert actors == {"Mailbox", "RayTrainWorker"}
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_session")
+def test_a_gang_whose_mailbox_is_closed_ends() -> None:
+    name = f"test-{uuid4().hex[:8]}"
+    box, gang = create(name), threading.Thread(target=run_gang, args=(name, GangShape()), daemon=True)
+    gang.start()
+    assert box.drain(60)[0].kind == "awake"
+    box.close()
+    gang.join(60)
+    assert not gang.is_alive()
 
 
 @pytest.mark.slow
