@@ -11,7 +11,7 @@ from orchestrator.cli_evaluate import Clip, Dino
 from orchestrator.cli_output import DebugOption, JsonOption, StorageOption, reporting, storage_root
 from orchestrator.cli_train import Address, BaseModel, RecipeOption, Sets
 
-SEARCHES, SCHEDULERS = ("optuna", "random", "grid"), ("asha", "none")
+SEARCHES, SCHEDULERS = ("optuna", "random", "grid"), ("asha", "pbt", "none")
 
 
 def tune(
@@ -24,9 +24,16 @@ def tune(
     space: Annotated[Path, typer.Option("--space", help="What may vary: a YAML file.", metavar="FILE")],
     trials: Annotated[int, typer.Option(min=1, max=100_000, help="Recipes to try.")] = 32,
     name: Annotated[str, typer.Option("--name", help="Name of the study; the manifest's by default.")] = "",
-    search: Annotated[str, typer.Option(help="optuna, random or grid.")] = "optuna",
+    search: Annotated[
+        str,
+        typer.Option(help="optuna (the default), random (of pbt the default) or grid.", show_default=False),
+    ] = "",
     scheduler: Annotated[
-        str, typer.Option(help="asha stops recipes that fall behind; none trains all to the end.")
+        str,
+        typer.Option(
+            help="asha stops recipes that fall behind; with pbt they go on from where the best ones are, with other "
+            "settings; none trains all to the end."
+        ),
     ] = "asha",
     steps: Annotated[int, typer.Option(min=0, help="Most steps of a recipe; 0 takes train.steps.")] = 0,
     n: Annotated[int, typer.Option("-n", "--num-images", min=1, max=64, help="Images per prompt.")] = 2,
@@ -56,14 +63,18 @@ def tune(
       raybooth tune ./photos --class dog --space space.yaml --trials 32
 
       raybooth tune campaign.yaml --space space.yaml --trials 8 --search random --steps 200 --json
+
+      raybooth tune campaign.yaml --space space.yaml --trials 8 --scheduler pbt
     """
     with reporting(as_json, debug) as output:
         from cluster.storage import Storage
+        from orchestrator.population import course_of
         from orchestrator.progress import open_stages
         from orchestrator.space import read_space
         from orchestrator.study_spec import StudySpec
         from orchestrator.tuning import run_study
 
+        search = search or ("random" if scheduler == "pbt" else "optuna")
         for value, known, option in ((search, SEARCHES, "--search"), (scheduler, SCHEDULERS, "--scheduler")):
             if value not in known:
                 raise UserError(f"{option} {value} is not known", "", did_you_mean(value, known))
@@ -89,7 +100,7 @@ def tune(
         )
         outcome = run_study(spec, Storage(storage_root(storage)), open_stages(), address or None)
         output.result = outcome.as_json()
-        told = ", ".join(f"{key} {value}" for key, value in outcome.values.items())
+        told = ", ".join(f"{key} {value}" for key, value in course_of(outcome.values).items())
         output.say(f"{outcome.study}: best of {outcome.trials} recipes is {told}, worth {outcome.worth:.3f}")
         if outcome.gain:
             gain, verdict = outcome.gain, "better" if outcome.better else "no better"

@@ -162,6 +162,7 @@ _WITHOUT_MEMORY = {
         "warmup_steps",
         "lr_scheduler",
         "max_grad_norm",
+        "changes",
     ),
     "prior": ("num_images", "prompt", "negative_prompt", "sampler", "steps", "guidance", "seed"),
 }

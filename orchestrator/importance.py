@@ -6,9 +6,9 @@ import optuna
 from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 from optuna.trial import create_trial
 
+from orchestrator.bench import Record
 from orchestrator.space import Space
 from orchestrator.study import distributions
-from orchestrator.trial import Record
 
 FEWEST = 6  # trials below which any answer would be chance
 

@@ -47,8 +47,14 @@ def scatter(
         return _svg(figure)
 
 
-def curves(lines: Mapping[str, Sequence[Point]], marked: Mapping[str, str], x: str, y: str) -> str:
-    """Trials as lines, some of them with a word at their end."""
+def curves(
+    lines: Mapping[str, Sequence[Point]],
+    marked: Mapping[str, str],
+    x: str,
+    y: str,
+    rings: Sequence[Point] = (),
+) -> str:
+    """Trials as lines, some of them with a word at their end; rings around points where something happened."""
     with rc_context(_STYLE):
         figure, axes = _axes(x, y)
         for key, line in lines.items():
@@ -62,6 +68,15 @@ def curves(lines: Mapping[str, Sequence[Point]], marked: Mapping[str, str], x: s
             )
             if strong:
                 axes.annotate(marked[key], line[-1], xytext=(4, 0), textcoords="offset points", color=BEST)
+        if rings:
+            axes.plot(
+                *zip(*rings, strict=True),
+                color=FRONT,
+                marker="o",
+                markersize=8,
+                markerfacecolor="none",
+                linestyle="none",
+            )
         return _svg(figure)
 
 

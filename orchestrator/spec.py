@@ -6,7 +6,7 @@ where the command runs.
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -14,6 +14,7 @@ from pydantic.fields import FieldInfo
 
 from cluster.errors import UserError, did_you_mean
 from orchestrator.document import anchor_run, parse_document
+from training.changes import course, refuse_idle_changes
 from training.defaults import with_defaults
 from training.optimizer_settings import refuse_sharding
 from training.part_settings import Lora
@@ -69,7 +70,9 @@ def parse_run(raw: Mapping[str, Any]) -> Run:
             "leave it out, or set it to fewer steps",
         )
     _check_prompts(run)
-    _check_optimizer(run)
+    refuse_idle_changes(run)
+    for _, train in course(run.train):
+        _check_optimizer(run.model_copy(update={"train": train}))
     _check_accumulation(run)
     _check_workers(run)
     _check_best(run)
@@ -298,6 +301,8 @@ def setting_at(loc: Sequence[str | int], model: type[BaseModel] = Run) -> tuple[
             path.append(str(part))
         elif isinstance(part, int):
             path.append(str(part))
+            listed = [one for one in get_args(field.annotation) if _fields(one)] if field else []
+            fields = _fields(listed[0]) if listed else None
     return ".".join(path), field
 
 

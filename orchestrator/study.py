@@ -14,16 +14,22 @@ from typing import Any
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.logging import WARNING, set_verbosity
 from ray import tune
-from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
+from ray.train._internal.session import _TrainingResult
+from ray.tune.schedulers import (
+    AsyncHyperBandScheduler,
+    FIFOScheduler,
+    TrialScheduler,
+)
 from ray.tune.search.optuna import OptunaSearch
 
 from cluster.errors import SystemFailure
 from cluster.storage import Storage
+from orchestrator.bench import KEY, LOST, RUNG, STEP, WORTH, Bench, forget, read_trial, trial_path
+from orchestrator.pbt import Members, Population
 from orchestrator.space import Choice, Range, Space
-from orchestrator.trial import Bench, Workplace, forget, read_trial, trial_path
+from orchestrator.trial import Workplace
 
 ETA = 3  # one of three trials goes on at every rung
-WORTH, STEP, KEY = "worth", "step", "key"
 
 
 def search(
@@ -31,7 +37,7 @@ def search(
     recipes: Sequence[Mapping[str, Any]],
     space: Space | None,
     trials: int,
-    asha: bool,
+    scheduler: str,
     seed: int,
     gangs: int,
     spared: str,
@@ -41,13 +47,14 @@ def search(
 
     Args:
         bench: What the trials share.
-        recipes: Tried first, in this order; without `space` they are all.
-        space: What Optuna's TPE chooses further ones from.
+        recipes: Tried first, in this order; without `space` they are all, and of a population they are.
+        space: What Optuna's TPE chooses further ones from, or what a population changes on the way.
         trials: How many in all.
-        asha: Stop those that are not among the best at a rung; else all go to the last one.
-        seed: Of Optuna.
+        scheduler: `asha` stops those that are not among the best at a rung; with `pbt` the worst go on from where the
+            best are, with other settings; else all go to the last rung.
+        seed: Of Optuna, and of what a population decides.
         gangs: Trials at a time.
-        spared: Key of the recipe that is never stopped, as the others are compared with it.
+        spared: Key of the recipe that goes its own way to its end, as the others are compared with it.
         on_result: Told of every rung: the trial's key and its row.
 
     Raises:
@@ -59,10 +66,16 @@ def search(
     )
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     tried = tune.with_resources(tune.with_parameters(_Tried, bench=bench), {"CPU": 0.1})
-    searcher, parameters, samples = None, {"values": tune.grid_search([dict(one) for one in recipes])}, 1
-    if space is not None:
-        searcher = searching(space, recipes, seed)
-        parameters, samples = {}, trials
+    searcher: Any = None
+    parameters, samples = {"values": tune.grid_search([dict(one) for one in recipes])}, 1
+    if scheduler == "pbt":
+        assert space is not None  # the settings that it changes
+        searcher, decides = Members(), Population(bench, space, seed, gangs, spared)
+    else:
+        decides = _scheduler(bench, scheduler == "asha", spared)
+        if space is not None:
+            searcher = searching(space, recipes, seed)
+            parameters, samples = {}, trials
     with tempfile.TemporaryDirectory(prefix="raybooth-study-") as scratch:
         results = tune.Tuner(
             tried,
@@ -70,8 +83,9 @@ def search(
             tune_config=tune.TuneConfig(
                 num_samples=samples,
                 search_alg=searcher,
-                scheduler=_scheduler(bench, asha, spared),
-                max_concurrent_trials=gangs,
+                scheduler=decides,
+                # of a population all live at once, and its scheduler says who runs
+                max_concurrent_trials=None if scheduler == "pbt" else gangs,
                 reuse_actors=True,
             ),
             run_config=tune.RunConfig(
@@ -140,14 +154,19 @@ class _Tried(tune.Trainable):  # type: ignore[misc]  # Ray has no types here
 
     def step(self) -> dict[str, Any]:
         row = self._trial.step()
-        told = {key: row[key] for key in (STEP, WORTH, "dino", "clip_t", "drift", "steps_spent")}
+        told = {key: row[key] for key in (STEP, WORTH, "dino", "clip_t", "drift", "steps_spent", RUNG, LOST)}
         return {**told, KEY: self._trial.key, "done": row["last"], "last": row["last"]}
 
-    def save_checkpoint(self, checkpoint_dir: str) -> None:
-        return None  # the record has it
+    def save(self, checkpoint_dir: str | None = None) -> _TrainingResult:
+        """What Tune takes for a checkpoint: the last result, which says how many rungs are told.
 
-    def load_checkpoint(self, checkpoint: Any) -> None:
-        return None
+        The record has all else. Files would have to lie where every node sees them.
+        """
+        return _TrainingResult(tune.Checkpoint.from_directory("in-the-record"), dict(self._last_result))
+
+    def restore(self, checkpoint_path: _TrainingResult) -> None:
+        """Go on behind the rungs of a result: this trial's, or the one's that it takes over."""
+        self._trial.go_on(int(checkpoint_path.metrics[RUNG]))
 
     def cleanup(self) -> None:
         self._place.close()

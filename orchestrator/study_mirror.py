@@ -4,10 +4,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from cluster.storage import Storage
+from orchestrator.bench import Record
 from orchestrator.mlflow_tracker import MlflowTracker
 from orchestrator.study_spec import StudyOutcome, StudySpec
 from orchestrator.tracking import tracking_uri
-from orchestrator.trial import Record
 
 _FIGURES = ("worth", "dino", "clip_t", "drift")
 

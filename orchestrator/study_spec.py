@@ -21,7 +21,7 @@ class StudySpec:
     search: str = "optuna"
     """`optuna`, `random` or `grid`."""
     scheduler: str = "asha"
-    """`asha` or `none`."""
+    """`asha`, `pbt` or `none`."""
     steps: int = 0
     """Most steps of a trial; 0 takes the recipe's."""
     seed: int = 0
@@ -31,6 +31,11 @@ class StudySpec:
     gangs: int = 1
     dino: str | None = None
     clip: str | None = None
+
+    @property
+    def population(self) -> bool:
+        """Whether trials are members that take over one another's histories."""
+        return self.scheduler == "pbt"
 
     @property
     def budget(self) -> int:

@@ -7,81 +7,45 @@ asked for again tells what it knows and goes on behind it.
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 from uuid import uuid4
 
 from cluster.errors import SystemFailure, UserError, failure_of
 from cluster.mailbox import MailboxClient, create
 from cluster.storage import Storage
+from orchestrator.bench import (
+    LOST,
+    RUNG,
+    Bench,
+    Record,
+    forget,
+    grid_path,
+    read_trial,
+    trial_path,
+    trial_run,
+    version_of,
+)
 from orchestrator.events import GangThread
+from orchestrator.population import begun_at
 from orchestrator.prepare import Prepared, prepare
-from orchestrator.space import key_of, sections
-from orchestrator.spec import parse_run
-from training import checkpoint
+from orchestrator.space import key_of
 from training.critic import Critic, Picture, Scores, parted, worth
 from training.cuts import crops
 from training.embedders import decoded, open_embedder
-from training.gang import GangShape, run_gang
+from training.gang import run_gang
 from training.latents import latent_refs
 from training.lease import Lease
 from training.png import tiles
 from training.prior import prior_images, prior_key, prior_pngs
 from training.prompt import CLASS_PROMPT
-from training.section import merge
 
-LOST = {
+WORST = {
     "worth": -1.0,
     "dino": -1.0,
     "clip_t": -1.0,
     "drift": 1.0,
 }  # what a recipe is worth that cannot be trained
-DRAW_STEPS = 15  # denoising steps of a drawing that is only scored
 NEWS_S = 5.0  # between two looks at whether the gang is alive
-Record = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Bench:
-    """What all trials of a study share; plain values, as it travels to the trials' processes."""
-
-    study: str
-    storage_uri: str
-    specs: tuple[Mapping[str, Any], ...]
-    """The run of each subject, by alias, with the recipe that values are laid on."""
-    prompts: tuple[str, ...]
-    """Of the drawings that are scored at a rung; the class is drawn besides."""
-    num_images: int
-    rungs: tuple[int, ...]
-    """Steps at which trials are scored, the last one at their end."""
-    dino: str
-    clip: str
-    shape: GangShape
-    device: str
-
-
-def study_path(study: str) -> str:
-    """Where a study lies."""
-    return f"studies/{study}"
-
-
-def trial_path(study: str, key: str) -> str:
-    """The record of a trial."""
-    return f"{study_path(study)}/trials/{key}.json"
-
-
-def read_trial(storage: Storage, study: str, key: str) -> Record | None:
-    """What is on record of a trial."""
-    try:
-        found: Record = storage.read_json(trial_path(study, key))
-    except FileNotFoundError:
-        return None
-    return found
-
-
-def version_of(study: str, key: str) -> str:
-    """What a trial's runs are called beside a subject's versions."""
-    return f"{study}.{key}"
 
 
 class Workplace:
@@ -186,7 +150,13 @@ class Trial:
         self.values, self.key = values, key_of(values)
         known = read_trial(workplace.storage, self._bench.study, self.key)
         self.record: Record = known or {"values": values, "state": "running", "rows": []}
-        self._rung = 0
+        begun = begun_at(values) if self._bench.population else 0
+        self._first = sum(rung <= begun for rung in self._bench.rungs)  # that came before its own
+        self._rung = self._first
+
+    def go_on(self, rungs: int) -> None:
+        """Have so many rungs told already."""
+        self._rung = rungs
 
     def step(self) -> Record:
         """The next rung: what is on record of it, or what is found by training on; `last` if nothing comes after it.
@@ -196,7 +166,8 @@ class Trial:
         """
         rung, rows = self._rung, self.record["rows"]
         self._rung += 1
-        if rung >= len(rows):
+        place = rung - self._first
+        if place >= len(rows) and not (self._bench.population and self.record["state"] == "failed"):
             step, since = self._bench.rungs[rung], self._bench.rungs[rung - 1] if rung else 0
             ended = rung + 1 == len(self._bench.rungs)
             self.record["state"] = "done" if ended else "running"
@@ -205,20 +176,26 @@ class Trial:
             except (
                 UserError
             ) as error:  # such as a learning rate with which it diverges: an answer, and no good one
-                rows.append({"step": step, **LOST, "steps_spent": 0, "reason": error.as_json()})
+                rows.append({"step": step, **WORST, "steps_spent": 0, "reason": error.as_json()})
                 self.record["state"], ended = "failed", True
             self._place.storage.write_json(trial_path(self._bench.study, self.key), self.record)
-            if ended:
+            if ended and not self._bench.population:  # of which any history may be needed to the end
                 forget(self._place.storage, self._bench, self.key)
         ended = rung + 1 == len(self._bench.rungs)
-        stopped = self.record["state"] in ("stopped", "failed") and rung + 1 >= len(rows)
-        return {**rows[rung], "last": ended or stopped}
+        over = self.record["state"] in ("stopped", "failed") and place + 1 >= len(rows)
+        return {
+            **rows[min(place, len(rows) - 1)],
+            # a member that is lost says so again at every rung, until it takes over: the others wait for all
+            "last": ended or (over and not self._bench.population),
+            RUNG: rung + 1,
+            LOST: over and self.record["state"] == "failed",
+        }
 
     def _climb(self, until: int, since: int) -> Record:
         began, starts = time.monotonic(), []
         scores: dict[str, Scores] = {}
         for spec in self._bench.specs:
-            prepared = prepare(self._run(spec), self._place.storage)
+            prepared = prepare(trial_run(self._bench, spec, self.values), self._place.storage)
             lease = self._lease(prepared, until)
             starts.append(self._place.train(lease))
             scores[prepared.name] = self._score(prepared, lease, until)
@@ -231,22 +208,6 @@ class Trial:
             "start_s": [round(seconds, 3) for seconds in starts],
             "subjects": {name: one.as_json() for name, one in scores.items()},
         }
-
-    def _run(self, spec: Mapping[str, Any]) -> Any:
-        bench = self._bench
-        trained = {
-            "train": {"steps": bench.rungs[-1], "stop": None},  # a scheduler ends it
-            "checkpoint": {"every": bench.rungs[-1], "keep": 1, "keep_best": False},
-            "validate": {
-                "every": bench.rungs[-1],
-                "samples": 1,
-                "prompts": [*bench.prompts, CLASS_PROMPT],
-                "num_images": bench.num_images,
-                "steps": DRAW_STEPS,
-                "unguided": False,
-            },
-        }
-        return parse_run(merge(merge(spec, sections(self.values)), trained))
 
     def _lease(self, prepared: Prepared, until: int) -> Lease:
         subject, of_class = self._place.latents(prepared)
@@ -263,11 +224,6 @@ class Trial:
         return critic.score(own, of_class, of_base[: len(of_class)])
 
 
-def grid_path(name: str, study: str, key: str, step: int) -> str:
-    """The drawings of a subject at a rung: a row for each prompt, the class last."""
-    return f"runs/{name}/{version_of(study, key)}/samples/step_{step:06d}.png"
-
-
 def means(scores: Mapping[str, Scores]) -> dict[str, float]:
     """The three objectives, as means over subjects: likeness, obedience, and what the class has lost."""
     count = len(scores)
@@ -277,12 +233,6 @@ def means(scores: Mapping[str, Scores]) -> dict[str, float]:
         "clip_t": sum(one.metrics["clip_t"].value for one in scores.values()) / count,
         "drift": sum(drifts) / count,
     }
-
-
-def forget(storage: Storage, bench: Bench, key: str) -> None:
-    """Delete the checkpoints of a trial that goes on no more; its drawings stay for the report."""
-    for spec in bench.specs:
-        checkpoint.delete(storage, f"runs/{spec['subject']['name']}/{version_of(bench.study, key)}")
 
 
 def photo_rows(storage: Storage, prepared: Prepared) -> list[bytes]:

@@ -10,25 +10,29 @@ from cluster.errors import SystemFailure, UserError
 from cluster.objects import StorageError
 from cluster.session import gpu_count, session
 from cluster.storage import Storage
+from orchestrator.bench import Bench, Record, forget, read_trial, study_path
 from orchestrator.gate import gained
+from orchestrator.population import even_rungs, refuse_idle
 from orchestrator.prepare import Prepared, prepare
 from orchestrator.progress import Stages
 from orchestrator.protocol import SETS, prompts_for
 from orchestrator.recipes import recipe_path
 from orchestrator.space import draw, every, including, key_of, sections, values_at
+from orchestrator.spec import parse_run
 from orchestrator.study import rungs, search
 from orchestrator.study_mirror import mirror_study
 from orchestrator.study_page import write_study_page
 from orchestrator.study_spec import StudyOutcome, StudySpec
-from orchestrator.trial import Bench, Record, read_trial, study_path
 from training.critic import Scores
 from training.defaults import base_family
 from training.embedders import DEFAULTS, open_embedder
 from training.gang import GangShape
 from training.prior import draw_priors, prior_images, prior_key
 from training.scores import Estimate
+from training.section import merge
 from training.stream import Pool, encode
 
+DRAWS = 20  # for each member of a population, so that there are as many different ones
 SCORED = 4  # prompts of the set that are drawn at a rung
 
 
@@ -70,6 +74,7 @@ class _Study:
 
     def run(self, address: str | None) -> StudyOutcome:
         spec = self.spec
+        self._refuse_idle()
         if done := self._agree():
             return StudyOutcome(**done)
         self.keys = dict.fromkeys(self.storage.read_json(f"{self.path}/study.json").get("order", []))
@@ -97,11 +102,12 @@ class _Study:
                 specs=tuple(run.model_dump(mode="json", by_alias=True) for run in spec.runs),
                 prompts=spec.prompts or self._prompts(family),
                 num_images=spec.num_images,
-                rungs=rungs(spec.budget),
+                rungs=even_rungs(spec.budget) if spec.population else rungs(spec.budget),
                 dino=dino,
                 clip=clip,
                 shape=shape,
                 device=device,
+                population=spec.population,
             )
             recipes = self._recipes()
             number = len(recipes) if spec.search != "optuna" else spec.trials
@@ -110,15 +116,26 @@ class _Study:
                 search(
                     bench,
                     recipes,
-                    self.space if spec.search == "optuna" else None,
+                    self.space if spec.search == "optuna" or spec.population else None,
                     number,
-                    spec.scheduler == "asha",
+                    spec.scheduler,
                     spec.seed,
                     spec.gangs,
                     key_of(self.defaults),
                     lambda key, row: self._heard(stage, key, row),
                 )
+        for name in self.storage.names(f"{self.path}/trials") if spec.population else ():
+            forget(self.storage, bench, name.removesuffix(".json"))
         return self._end(bench)
+
+    def _refuse_idle(self) -> None:
+        """Refuse what could not be tried, before anything is drawn."""
+        if self.spec.population:
+            refuse_idle(self.spec, self.space, self._recipes())
+        for run in self.spec.runs:  # whose changes may come after the last step of a trial
+            if run.train.changes:
+                budget = {"train": {"steps": self.spec.budget, "stop": None}}
+                parse_run(merge(run.model_dump(mode="json", by_alias=True), budget))
 
     def _agree(self) -> dict[str, Any] | None:
         """Put the study on record, or see that what is there is the same; returns what it found, if it is done."""
@@ -168,7 +185,8 @@ class _Study:
         if spec.search == "grid":
             found = every(spec.space)[: spec.trials]
         elif spec.search == "random":
-            found = draw(spec.space, spec.trials - 1, spec.seed)
+            # of a few choices some come twice, and a population is to have as many members as asked for
+            found = draw(spec.space, (spec.trials - 1) * (DRAWS if spec.population else 1), spec.seed)
         else:
             found = [record["values"] for key in self.keys if (record := self._record(key))]
         return list({key_of(values): values for values in (self.defaults, *found)}.values())[: spec.trials]
@@ -194,13 +212,14 @@ class _Study:
         rows = [(key, row) for key, record in trials.items() for row in record["rows"]]
         key, best = max(rows, key=lambda one: float(one[1]["worth"]))
         gain = self._gain(best, trials.get(key_of(self.defaults)))
-        values = {**trials[key]["values"], "train.steps": best["step"]}
+        values = found_at(trials[key], int(best["step"]))
         spent = sum(int(row["steps_spent"]) for _, row in rows)
+        number = len(trials) - sum("of" in record for record in trials.values())  # heirs are no members more
         better = bool(gain and gain.low > 0)
         outcome = StudyOutcome(
             study=spec.name,
             state="succeeded",
-            trials=len(trials),
+            trials=number,
             recipe=self.storage.full(recipe_path(spec.name)),
             values=values,
             step=int(best["step"]),
@@ -209,11 +228,12 @@ class _Study:
             better=better,
             pareto=front(trials),
             steps_spent=spent,
-            steps_of_grid=len(trials) * spec.budget * len(spec.runs),
+            steps_of_grid=number * spec.budget * len(spec.runs),
             seconds=round(time.monotonic() - self.began, 1),
         )
-        text = yaml.safe_dump(sections(values), sort_keys=True)
-        note = f"the best of {len(trials)} trials of the study {spec.name}, worth {outcome.worth}"
+        text = recipe_text(values)
+        what = "members of the population" if spec.population else "trials"
+        note = f"the best of {number} {what} of the study {spec.name}, worth {outcome.worth}"
         self.storage.write(recipe_path(spec.name), f"# {note}\n{text}".encode())
         page = write_study_page(self.storage, bench, outcome, trials, self.space, key, key_of(self.defaults))
         outcome.page = self.storage.full(page)
@@ -231,6 +251,16 @@ class _Study:
         ours = best["subjects"]
         pairs = [(Scores.from_json(ours[name]), Scores.from_json(theirs[name])) for name in ours]
         return gained(pairs)
+
+
+def found_at(record: Record, step: int) -> dict[str, Any]:
+    """The values of a recipe that ends where a trial was at a rung."""
+    return {**record["values"], "train.steps": step}
+
+
+def recipe_text(values: Mapping[str, Any]) -> str:
+    """The YAML of a recipe, as `--recipe` takes it."""
+    return str(yaml.safe_dump(sections(values), sort_keys=True))
 
 
 def front(trials: Mapping[str, Record]) -> list[dict[str, Any]]:

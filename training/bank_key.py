@@ -36,6 +36,7 @@ def bankable(run: Run, world: int) -> str | None:
         "train.ema_decay": train.ema_decay is not None,
         "train.load_best_at_end": train.load_best_at_end,
         "train.stop": train.stop is not None,
+        "train.changes": bool(train.changes),
         "train.accumulation": train.accumulation > 1,
         "train.lora.targets": not all(f".{target}".endswith(LINEAR) for target in train.lora.targets),
         "engine.zero_stage": engine.zero_stage not in ("auto", 0),

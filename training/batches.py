@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from cluster.errors import SystemFailure, UserError
 from training.buckets import Rows
+from training.changes import prior_course
 from training.conditioning import whole_frame
 from training.dataplan import DataPlan, PlanRow, Role
 from training.lease import LatentTable, Lease, latent_table
@@ -80,6 +81,7 @@ class Batches:
             subject_sizes=numbers[0],
             class_sizes=numbers[1],
             held_out=held_out,
+            prior_course=prior_course(run.train, run.prior.weight) if run.train.changes else (),
             logit_normal=_density(run.train.objective, process),
         )
         pairs = plan.pairs_per_rank(world)

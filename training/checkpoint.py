@@ -174,6 +174,37 @@ def latest(storage: Storage, run_path: str, fingerprint: str, note: Callable[[st
     return next((state for state in found if state is not None), None)
 
 
+def adopt(
+    storage: Storage, run_path: str, fingerprint: str, donor: str, donors_fingerprint: str, step: int
+) -> bool:
+    """Have a run go on from a checkpoint of another one, whose recipe is the same up to there; a copy of it.
+
+    Args:
+        storage: Root that holds both.
+        run_path: `runs/NAME/VERSION` of the run that is to go on.
+        fingerprint: Of its recipe.
+        donor: `runs/NAME/VERSION` of the other.
+        donors_fingerprint: Of the other's recipe.
+        step: Of the checkpoint.
+
+    Returns:
+        Whether there is such a checkpoint.
+
+    Raises:
+        SystemFailure: It is damaged.
+        StorageError: It cannot be read, or the copy not be written.
+    """
+    manifest = storage.manifest(_at(donor, step)) or {}
+    if (manifest.get("format"), manifest.get("fingerprint")) != (FORMAT, donors_fingerprint):
+        return False
+    facts = {key: value for key, value in manifest.items() if key != "files"}
+    with storage.verified(_at(donor, step)) as folder:
+        storage.publish(folder, _at(run_path, step), {**facts, "fingerprint": fingerprint})
+    if storage.exists(f"{donor}/{ROWS}"):
+        storage.write(f"{run_path}/{ROWS}", storage.read(f"{donor}/{ROWS}"))
+    return True
+
+
 def delete(storage: Storage, run_path: str) -> None:
     """Delete what a run would go on from: every checkpoint, and the figures that the log has by now."""
     storage.remove(checkpoints_path(run_path))

@@ -16,6 +16,8 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
+from training.changes import Course, in_force
+
 Array = NDArray[np.float32]
 
 # Pairs from here on are those of the validation: no training comes so far, 10^6 steps of 4096 pairs are 2^32
@@ -113,12 +115,15 @@ class DataPlan:
     """Pairs in a step, over all ranks together."""
     num_timesteps: int
     prior_weight: float
+    """At first, and of the validation, whose loss is comparable between steps."""
     subject_sizes: tuple[int, ...] = ()
     """Of each row of the subject's table the number of its size; empty where all have one. A step is of one size."""
     class_sizes: tuple[int, ...] = ()
     """Of each row of the class's table likewise; every size of the subject is among them."""
     held_out: int = 0
     """Rows of the subject's latent table after those: the validation has them. 0 has it use the trained ones."""
+    prior_course: Course[float] = ()
+    """What the weight becomes after how many steps, if it does; the first is `prior_weight`, after none."""
     logit_normal: tuple[float, float] | None = None
     """Mean and standard deviation of the logit of a timestep's place in the schedule; `None` has all alike."""
 
@@ -135,8 +140,8 @@ class DataPlan:
     def rows(self, step: int, rank: int, world: int) -> list[PlanRow]:
         """This rank's rows of a step, pair by pair.
 
-        The weights of all ranks' rows together sum to 1 for the subject and to the prior weight for the class. A rank
-        short of pairs repeats the step's first pair with weight 0.
+        The weights of all ranks' rows together sum to 1 for the subject and to the step's prior weight for the class.
+        A rank short of pairs repeats the step's first pair with weight 0.
         """
         places = range(rank, self.pairs_per_rank(world) * world, world)
         return [row for place in places for row in self._pair(step, place)]
@@ -144,11 +149,12 @@ class DataPlan:
     def _pair(self, step: int, place: int) -> Iterator[PlanRow]:
         real = place < self.pairs_per_step
         pair = step * self.pairs_per_step + (place if real else 0)
+        prior_weight = in_force(self.prior_course, step) if self.prior_course else self.prior_weight
         for role in self.roles:
             subject = role is Role.SUBJECT
             count = self.subject_rows if subject else self.class_rows
             stream = _Stream.SUBJECT_ORDER if subject else _Stream.CLASS_ORDER
-            share = (1.0 if subject else self.prior_weight) / self.pairs_per_step
+            share = (1.0 if subject else prior_weight) / self.pairs_per_step
             sample = 2 * pair + role
             if self.subject_sizes:
                 row = self._row_of_size(role, step, place if real else 0)

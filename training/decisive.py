@@ -25,6 +25,7 @@ LATER = (
     "train.templates",
     "train.captions",
     "train.stop",
+    "train.changes",
     "train.optimizer",
 )
 

@@ -19,6 +19,7 @@ from torch import nn
 
 from cluster.errors import UserError
 from training.average import Average
+from training.changes import course, in_force, prior_course
 from training.checkpoint import State, Tensors
 from training.imports import without
 from training.module import NEW_TOKENS, TEXT_ENCODER, UNET, DreamBoothModule
@@ -112,7 +113,7 @@ class TrainingEngine:
         offload: bool = False,
     ) -> None:
         self.module = module
-        self._train = train
+        self._train, self._limit = train, train.max_grad_norm
         self._stage = stage
         self._world = dist.get_world_size()
         self._named = {name: p for name, p in module.named_parameters() if p.requires_grad}
@@ -120,11 +121,10 @@ class TrainingEngine:
         if state:
             _load_parameters(self._named, state.parameters)  # before DeepSpeed copies them
         groups = module.parameter_groups()
-        text, tokens = train.text_encoder, train.new_tokens
-        lrs = {UNET: train.lr, TEXT_ENCODER: text.lr, NEW_TOKENS: tokens.lr}
-        stops = {TEXT_ENCODER: text.stop_after, NEW_TOKENS: tokens.stop_after}
+        self._course, self._prior_course = course(train), prior_course(train, module.prior_weight)
+        lrs = _rates(train)
+        stops = {TEXT_ENCODER: train.text_encoder.stop_after, NEW_TOKENS: train.new_tokens.stop_after}
         self._groups = list(groups)
-        self._lrs = [lrs[name] for name in groups]
         self._stops = [stops.get(name) for name in groups]
         self._parameters = [p for parameters in groups.values() for p in parameters]
         self._moments = MOMENTS.get(train.optimizer.name)
@@ -173,19 +173,24 @@ class TrainingEngine:
         """Step `step` (from 0): this rank's micro-batches forward and back, then one update.
 
         Args:
-            step: Decides the learning rates.
+            step: Decides the learning rates, and what else `train.changes` changes.
             batches: As many as the engine was made for, on the device.
             wish: This rank's, told to all with the figures.
         """
         if self._restore:
             self._restore_moments(self._restore, batches)
+        now = in_force(self._course, step)
+        full = _rates(now)
         lrs = [
             # decay is by the rate too, so nothing of what has stopped moves any more
-            0.0 if stop is not None and step >= stop else learning_rate(lr, step, self._train)
-            for lr, stop in zip(self._lrs, self._stops, strict=True)
+            0.0 if stop is not None and step >= stop else learning_rate(full[name], step, self._train)
+            for name, stop in zip(self._groups, self._stops, strict=True)
         ]
+        self._take(now)
+        at_first, self.module.prior_weight = self.module.prior_weight, in_force(self._prior_course, step)
         found = self._optimizer.param_groups[0].get("d", 1.0)  # Prodigy's rate, which ours are a part of
         figures = self._update(batches, lrs, wish)
+        self.module.prior_weight = at_first  # a validation's is always the same
         if self._average is not None:
             self._average.update(step)
         by_group = {name: found * lr for name, lr in zip(self._groups, lrs, strict=True)}
@@ -239,6 +244,14 @@ class TrainingEngine:
             self._linear
         )  # which stage 3 puts its own in the place of, for all that comes after
 
+    def _take(self, now: Train) -> None:
+        """Have the next update decay and clip as these settings say."""
+        self._limit = now.max_grad_norm
+        if self._stage:
+            self._engine.optimizer.clip_grad = now.max_grad_norm or 0.0
+        for group in self._optimizer.param_groups:
+            group["weight_decay"] = now.weight_decay
+
     def _update(self, batches: Sequence[PairBatch], lrs: Sequence[float], wish: Wish) -> torch.Tensor:
         """One optimizer step at the given learning rates; returns the figures of a `StepReport`."""
         for group, lr in zip(self._optimizer.param_groups, lrs, strict=True):
@@ -266,7 +279,7 @@ class TrainingEngine:
         The fused optimizer divides by `grad_scale` as it reads a gradient, which saves a pass over all of them.
         """
         norm = nn.utils.get_total_norm(p.grad for p in self._parameters if p.grad is not None)
-        limit = self._train.max_grad_norm
+        limit = self._limit
         if limit is not None and isinstance(self._optimizer, torch.optim.AdamW):
             # 1e-6 as torch's and DeepSpeed's
             self._optimizer.grad_scale = ((norm + 1e-6) / limit).clamp(min=1.0)  # type: ignore[attr-defined]
@@ -304,7 +317,7 @@ class TrainingEngine:
         from deepspeed.utils import safe_set_full_optimizer_state
 
         self._restore = None
-        self._update(batches, [0.0] * len(self._lrs), Wish.NONE)
+        self._update(batches, [0.0] * len(self._groups), Wish.NONE)
         if self._moments is None:
             bring_back(self._optimizer, self._named, state.optimizer)
             return
@@ -318,6 +331,11 @@ class TrainingEngine:
         for kept in self._optimizer.state.values():
             if "step" in kept:
                 kept["step"].fill_(state.step)
+
+
+def _rates(train: Train) -> dict[str, float]:
+    """The full learning rate of each part."""
+    return {UNET: train.lr, TEXT_ENCODER: train.text_encoder.lr, NEW_TOKENS: train.new_tokens.lr}
 
 
 def _load_parameters(named: Mapping[str, nn.Parameter], saved: Mapping[str, torch.Tensor]) -> None:

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
+from training.change_settings import Change
 from training.objective_settings import Objective
 from training.optimizer_settings import Optimizer
 from training.part_settings import Lora, NewTokens, TextEncoder
@@ -162,6 +163,8 @@ class Train(Section):
     worse."""
     stop: Stop | None = None
     """When the run ends before `steps`, because its drawings gain no more; `null` trains all steps."""
+    changes: tuple[Change, ...] = Field(default=(), max_length=1000)
+    """Settings that become others on the way, in the order of their steps; empty keeps them all."""
     seed: int = Field(default=0, ge=0, lt=2**31)
     """Seed of the order of images, the noise and the timesteps."""
     prompt: str = "a photo of {subject}"

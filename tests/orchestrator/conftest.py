@@ -1,4 +1,4 @@
-"""This file is where tests of the record get their databases: a file, and a PostgreSQL server of their own."""
+"""This file is where tests of the record get databases, a file and a PostgreSQL server, and studies a Ray."""
 
 import importlib.util
 import os
@@ -9,13 +9,14 @@ import socket
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from cluster.storage import Storage
 from orchestrator.ledger import Ledger
 
 PASSWORD = "not-to-be-shown"
@@ -122,3 +123,14 @@ def ledger(uri: str) -> Iterator[Ledger]:
     """An empty ledger."""
     with Ledger(uri) as opened:
         yield opened
+
+
+@pytest.fixture
+def one_ray(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """One private Ray for all that a test does, where each command would start one."""
+    from cluster.session import session
+
+    with session(None, 12, storage):
+        for module in ("tuning", "single"):
+            monkeypatch.setattr(f"orchestrator.{module}.session", lambda *_: nullcontext())
+        yield

@@ -150,7 +150,7 @@ def shown(browser: str, page: str, folder: Path) -> dict[str, int]:
 
 @pytest.mark.slow
 def test_a_study_that_was_broken_off_goes_on_and_ends_with_a_recipe(
-    spec: StudySpec, storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    spec: StudySpec, storage: Storage, tmp_path: Path, one_ray: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     heard = 0
 

@@ -24,6 +24,10 @@ TRAIN = {
     "warmup_steps": 1,
     "ema_decay": 0.9,
     "text_encoder": {"train": True, "lr": 1e-4},
+    "changes": [
+        {"after": 2, "train": {"weight_decay": 0.5, "text_encoder": {"lr": 3e-4}}},
+        {"after": 3, "train": {"lr": 3e-4, "max_grad_norm": 0.05}, "prior": {"weight": 0.5}},
+    ],
 }
 OFF: dict[str, Any] = {"every": 0}
 ON: dict[str, Any] = {"every": 2, "samples": 3, "steps": 2, "num_images": 3, "guidance": 2.0}
