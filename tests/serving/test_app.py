@@ -14,6 +14,7 @@ import urllib.error
 import urllib.request
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from ray.exceptions import RayActorError
 from cluster.session import session
 from cluster.storage import Storage
 from serving.app import service, start, stop
+from serving.bodies import CARRIED_BYTES
 from serving.ingress import create_app
 from serving.replicas import Replicas
 from serving.settings import ServingSettings
@@ -114,10 +116,29 @@ def test_an_image_over_http_says_who_it_shows(up: Service) -> None:
     assert up.draw("lora", 7) == png and up.draw("base", 7) != png
 
 
-def test_a_client_that_leaves_frees_its_rows(up: Service) -> None:
+def test_what_a_replica_refuses_is_told_as_it_said_it(up: Service) -> None:
+    status, _, told = up.ask(model="base", prompt="a dog " * 200, steps=1)
+    assert (status, told["error"]["code"]) == (422, "cannot_be_done"), told
+
+
+@pytest.mark.parametrize("letters", [10_000, CARRIED_BYTES, 900_000])
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_body_of_any_size_reaches_the_ingress_whole(up: Service, letters: int, chunked: bool) -> None:
+    client = http.client.HTTPConnection(up.address.removeprefix("http://"), timeout=WAIT_S)
+    body = json.dumps({"model": "base", "prompt": "a" * letters}).encode()
+    sent = iter([body[:100], body[100:]]) if chunked else body
+    headers = {"content-type": "application/json"} | ({"transfer-encoding": "chunked"} if chunked else {})
+    client.request("POST", "/v1/images/generations", sent, headers, encode_chunked=chunked)
+    with closing(client), client.getresponse() as answer:
+        error = json.load(answer)["error"]
+    assert answer.status == 422 and error["param"] == "prompt" and "2000" in error["message"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_frees_its_rows(up: Service, stream: bool) -> None:
     before = up.figures().get("raybooth_replica_cancelled", 0)
     client = http.client.HTTPConnection(up.address.removeprefix("http://"))
-    body = json.dumps({"model": "base", "prompt": "a dog", "steps": 1000, "n": 4})
+    body = json.dumps({"model": "base", "prompt": "a dog", "steps": 1000, "n": 4, "stream": stream})
     client.request("POST", "/v1/images/generations", body, {"content-type": "application/json"})
     _wait_for(lambda: up.figures().get("raybooth_replica_running", 0) >= 4)
     client.close()
