@@ -31,7 +31,8 @@ from training.request import FORWARD_ROWS
 TELL_S = 0.25  # between two words about the steps of an image
 SWITCH_S = 0.0005  # the thread that draws lets others speak: Python's 5 ms make 50 of a call to a replica
 LOOK_S = 2.0  # how often replicas tell whom they know
-# Serve's line for each call of each process; `raybooth.access` has one for each request
+# without a line of Serve's for each call of each process: `raybooth.access` has one for each request
+ACCESS = logging.getLogger("raybooth.access")
 LOGGING = LoggingConfig(log_level="WARNING", enable_access_log=False)
 
 Signer = tuple[Path | None, Path | None]
@@ -135,9 +136,18 @@ class Ingress:
     ) -> None:
         self._parts = (settings, Storage(storage_uri), HandleArtist(replicas, may_sleep))
         self._make = make
+        _write_access_log()
 
     def __serve_build_asgi_app__(self) -> Any:
         return self._make(*self._parts)
+
+
+def _write_access_log() -> None:
+    """Have a line for each request written to standard error, which Ray keeps, unless it is written elsewhere."""
+    if not ACCESS.handlers:
+        ACCESS.addHandler(logging.StreamHandler())
+        ACCESS.setLevel(logging.INFO)
+        ACCESS.propagate = False
 
 
 def service(

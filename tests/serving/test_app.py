@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import grpc
+import psutil
 import pytest
 import ray
 from ray import serve
@@ -114,6 +116,16 @@ def test_an_image_over_http_says_who_it_shows(up: Service) -> None:
     assert decode_png(png).shape == (16, 16, 3)
     assert png_parameters(png)["subject"] == "lora-v1"
     assert up.draw("lora", 7) == png and up.draw("base", 7) != png
+
+
+def test_ray_keeps_a_line_of_each_request(up: Service) -> None:
+    request = urllib.request.Request(f"{up.address}/v1/models", headers={"x-request-id": "asked-for-models"})
+    with urllib.request.urlopen(request, timeout=WAIT_S):
+        pass
+    node = ray._private.worker._global_node
+    written = (file.read_text(errors="replace") for file in Path(node.get_logs_dir_path()).glob("worker-*"))
+    [line] = [line for text in written for line in text.splitlines() if "asked-for-models" in line]
+    assert json.loads(line).items() >= {"route": "/v1/models", "status": 200, "tenant": "default"}.items()
 
 
 def test_what_a_replica_refuses_is_told_as_it_said_it(up: Service) -> None:
@@ -213,6 +225,18 @@ def test_the_ray_that_serves_asks_for_its_token(up: Service) -> None:
     )
     assert known.returncode == 0, known.stderr
     assert unknown.returncode != 0 and "AuthenticationError" in unknown.stderr
+
+
+def test_a_replica_that_is_called_past_ray_asks_for_the_token_too(up: Service) -> None:
+    listening = psutil.Process(up.pids()[0]).net_connections("tcp")
+    ports = {one.laddr.port for one in listening if one.status == psutil.CONN_LISTEN}
+    said = set()
+    for port in ports:
+        with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+            with pytest.raises(grpc.RpcError) as refused:
+                channel.unary_unary("/ray.serve.ASGIService/HandleRequest")(b"", timeout=WAIT_S)
+            said.add((refused.value.code(), refused.value.details()))
+    assert (grpc.StatusCode.UNAUTHENTICATED, "Invalid or missing authentication token") in said
 
 
 def test_a_service_that_may_sleep_is_ready_with_no_replica_and_looking_at_it_does_not_keep_it_awake(
