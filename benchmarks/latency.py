@@ -1,4 +1,4 @@
-"""This file is where the latency of the service is measured beside static batches, and what HTTP and Ray cost it.
+"""This file is where the latency of the service is measured beside static batches.
 
     python -m benchmarks.latency [--share 0.7] [--seconds 60] [--steps 4-12] [--rounds 3] [--exact]
         [--json]
@@ -18,17 +18,13 @@ import os
 import socket
 import sys
 import tempfile
-import time
-from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from statistics import median
 from typing import Any
 
-import psutil
 from ray import serve
 
-from benchmarks.descendants import role
 from benchmarks.load import Ask, arrivals, drive_apart, percentile, steps_range
 from cluster.session import session
 from cluster.storage import Storage
@@ -41,7 +37,6 @@ WORDS = "a photo of a backpack on the beach"
 AT_A_TIME = 4  # guided images, of two rows each
 WAIT_S = 0.05  # for a batch to fill
 BURST = 32
-IDLE_S = 10.0
 CPUS = 4
 
 
@@ -72,33 +67,6 @@ class Static:
     async def __call__(self, request: Any) -> dict[str, Any]:
         png = await self.draw(await request.json())
         return {"data": [{"b64_json": base64.b64encode(png).decode()}]}
-
-
-class Watch:
-    """CPU seconds of the processes of a Ray that runs here, by role, but for the thread that draws."""
-
-    def __init__(self, drawing: int) -> None:
-        self._drawing = psutil.Process(drawing)
-        self._at = self._look()
-
-    def _look(self) -> tuple[Counter[str], float]:
-        spent: Counter[str] = Counter()
-        for process in psutil.Process().children(recursive=True):
-            try:
-                line, times = " ".join(process.cmdline()), process.cpu_times()
-            except psutil.NoSuchProcess:
-                continue
-            if "spawn" not in line:  # the process that asks
-                spent[role([line])] += times.user + times.system
-                if process == self._drawing:
-                    spent[role([line])] -= max(t.user_time + t.system_time for t in process.threads())
-        return spent, time.monotonic()
-
-    def since(self) -> tuple[Counter[str], float]:
-        """CPU seconds by role, and seconds, since the last look."""
-        (before, began), self._at = self._at, self._look()
-        spent, now = self._at
-        return Counter({name: seconds - before[name] for name, seconds in spent.items()}), now - began
 
 
 def saturated(ask: Any, url: str, steps: tuple[int, int]) -> float:
@@ -164,9 +132,6 @@ def main() -> None:
     for name in urls:
         print(f"  {name:<8} {told['saturated'][name]:6.2f} images/s at most, p95 {told['p95_s'][name]:.2f} s")
     print(f"  p95 is {told['ratio']} times that of static batches (goal at most 0.6)")
-    print(f"  HTTP and Ray: {told['overhead_ms']} CPU ms a request (goal under 10)")
-    for who, ms in told["overhead_by_role_ms"].items():
-        print(f"    {ms:5.1f} {who}")
 
 
 def measure(asked: argparse.Namespace, urls: dict[str, str], ask: Any) -> dict[str, Any]:
@@ -175,25 +140,13 @@ def measure(asked: argparse.Namespace, urls: dict[str, str], ask: Any) -> dict[s
         saturated(ask, url, asked.steps)
     most = {name: median(saturated(ask, url, asked.steps) for _ in range(3)) for name, url in urls.items()}
     rate = asked.share * min(most.values())
-    [pid] = serve.get_deployment_handle("replica", "raybooth").broadcast("pid").results()
-    watch = Watch(pid)
-    time.sleep(IDLE_S)
-    idle, idle_s = watch.since()
     load = os.getloadavg()[0]
     p95: dict[str, list[float]] = {name: [] for name in urls}
-    overhead: list[Counter[str]] = []  # CPU seconds a request, beyond what idling costs
     for number in range(asked.rounds):
         plan = arrivals(["base"], WORDS, asked.steps, rate, asked.seconds, seed=number)
         for name, url in urls.items():
-            watch.since()
             p95[name].append(percentile(latencies(ask(url, plan)), 95))
-            spent, seconds = watch.since()
-            if name == "engine":
-                overhead.append(
-                    Counter({who: (spent[who] - idle[who] * seconds / idle_s) / len(plan) for who in spent})
-                )
         print(f"round {number + 1} of {asked.rounds}", file=sys.stderr, flush=True)
-    whom = {who: 1000 * median(each[who] for each in overhead) for who in sorted(set().union(*overhead))}
     return {
         "steps": asked.steps,
         "share": asked.share,
@@ -202,8 +155,6 @@ def measure(asked: argparse.Namespace, urls: dict[str, str], ask: Any) -> dict[s
         "saturated": {name: round(value, 2) for name, value in most.items()},
         "p95_s": {name: round(median(values), 3) for name, values in p95.items()},
         "ratio": round(median(a / b for a, b in zip(p95["engine"], p95["static"], strict=True)), 2),
-        "overhead_ms": round(1000 * median(each.total() for each in overhead), 1),
-        "overhead_by_role_ms": {who: round(ms, 1) for who, ms in whom.items() if ms > 0.05},
     }
 
 

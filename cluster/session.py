@@ -32,6 +32,12 @@ _EVERYWHERE = {
     "RAY_TRAIN_ENABLE_STATE_ACTOR_RECONCILIATION": "0",  # it polls the dashboard that is not started
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",  # people look at ours
     "RAY_DATA_USAGE_DISABLED": "1",  # a process of its own, to tell Ray's makers what streams are used for
+    # What a served request costs beside its image: proxies call by gRPC, small bodies go beside their heads, and an
+    # ingress or a replica works in the loop that it is called from.
+    "RAY_SERVE_PROXY_USE_GRPC": "1",
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serving.bodies:middlewares",
     "RAY_BACKEND_LOG_LEVEL": "fatal",  # Ray's core writes warnings of its own plumbing to the terminal
     # A machine that is busy elsewhere takes minutes to start a process; Ray would give up after 30 to 60 s.
     "RAY_worker_register_timeout_seconds": "300",

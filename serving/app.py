@@ -9,6 +9,7 @@ import asyncio
 import logging
 import os
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 
 from ray import serve
 from ray.serve.config import AutoscalingConfig, BackpressureConfig, RequestRouterConfig
+from ray.serve.schema import LoggingConfig
 
 from cluster.errors import SystemFailure
 from cluster.storage import Storage
@@ -29,6 +31,9 @@ from training.request import FORWARD_ROWS
 TELL_S = 0.25  # between two words about the steps of an image
 SWITCH_S = 0.0005  # the thread that draws lets others speak: Python's 5 ms make 50 of a call to a replica
 LOOK_S = 2.0  # how often replicas tell whom they know
+# without a line of Serve's for each call of each process: `raybooth.access` has one for each request
+ACCESS = logging.getLogger("raybooth.access")
+LOGGING = LoggingConfig(log_level="WARNING", enable_access_log=False)
 
 Signer = tuple[Path | None, Path | None]
 """Certificate chain and key in PEM, with which images are signed; twice `None` makes some for development."""
@@ -95,6 +100,8 @@ class Replica:
         return {**await self._artist.stats(), "unsafe": refused}
 
     async def _check(self, order: ImageOrder) -> None:
+        if not self._guard.checks:  # a thread is dearer than nothing
+            return
         asked = order.request
         await asyncio.to_thread(self._guard.prompt, asked.prompt, asked.negative_prompt)
 
@@ -102,11 +109,15 @@ class Replica:
         """Its process, for people who look for it."""
         return os.getpid()
 
-    def record_routing_stats(self) -> dict[str, Any]:
+    def threads(self) -> Mapping[str, int]:
+        """Its threads by name, as the system numbers them, for people who look for what they cost."""
+        return {thread.name: thread.native_id or 0 for thread in threading.enumerate()}
+
+    async def record_routing_stats(self) -> dict[str, Any]:
         """Whom this replica has in memory, for the router."""
         return {"resident": [f"{name}@{version}" for name, version in self._engine.resident()]}
 
-    def check_health(self) -> None:
+    async def check_health(self) -> None:
         """Raises when the replica must be replaced."""
         if not self._engine.healthy:
             raise RuntimeError("the engine's thread has ended")
@@ -125,9 +136,18 @@ class Ingress:
     ) -> None:
         self._parts = (settings, Storage(storage_uri), HandleArtist(replicas, may_sleep))
         self._make = make
+        _write_access_log()
 
     def __serve_build_asgi_app__(self) -> Any:
         return self._make(*self._parts)
+
+
+def _write_access_log() -> None:
+    """Have a line for each request written to standard error, which Ray keeps, unless it is written elsewhere."""
+    if not ACCESS.handlers:
+        ACCESS.addHandler(logging.StreamHandler())
+        ACCESS.setLevel(logging.INFO)
+        ACCESS.propagate = False
 
 
 def service(
@@ -155,6 +175,7 @@ def service(
     images = (replicas.width or FORWARD_ROWS[replicas.device]) // 2  # that are drawn at a time
     drawing = serve.deployment(Replica).options(
         name=REPLICA,
+        logging_config=LOGGING,
         ray_actor_options={"num_cpus": replicas.cpus, "num_gpus": replicas.gpus},
         # more than the batch and what may wait beside it: the engine itself says when it is full, and for how long
         max_ongoing_requests=2 * images + replicas.waiting + 8,
@@ -180,6 +201,7 @@ def service(
     )
     talking = serve.deployment(Ingress).options(
         name="ingress",
+        logging_config=LOGGING,
         num_replicas=ingresses,
         ray_actor_options={"num_cpus": 0},
         max_ongoing_requests=WAITING_REQUESTS,
@@ -198,7 +220,7 @@ def start(application: Any, host: str, port: int) -> None:
         SystemFailure: It does not come up.
     """
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    serve.start(http_options={"host": host, "port": port})
+    serve.start(http_options={"host": host, "port": port}, logging_config=LOGGING)
     try:
         serve.run(application, name=NAME, route_prefix="/")
     except RuntimeError as error:

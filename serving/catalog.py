@@ -94,6 +94,18 @@ class Catalog:
             raise ApiError(404, said, "model_not_found", param)
         return self._model(match[1], record, version)
 
+    def holds(self, tenant: str, model: str) -> bool:
+        """Whether `find` answers without a look at the storage."""
+        if model == PRISTINE:
+            return True
+        match = _MODEL.fullmatch(model)
+        seen = self._records.get(stored_name(tenant, match[1])) if match else None
+        if match is None or seen is None or seen[1] is None or not self._is_fresh(seen[0]):
+            return False
+        wanted = match[2] or CHAMPION
+        entry = seen[1]["versions"].get(seen[1]["aliases"].get(wanted, wanted))
+        return entry is not None and _manifest_key(entry) in self._manifests
+
     def all(self, tenant: str, after: str = "", limit: int = 1000) -> tuple[list[Model], bool]:
         """The champions of a tenant's subjects by name, and whether there are more.
 
@@ -125,18 +137,19 @@ class Catalog:
 
     def _record(self, stored: str) -> Record | None:
         seen = self._records.get(stored)
-        if seen and 0 <= self._clock() - seen[0] < self._hold_s:
+        if seen and self._is_fresh(seen[0]):
             return seen[1]
         record = self._registry.find(stored)
         self._records[stored] = (self._clock(), record)
         _shrink(self._records)
         return record
 
+    def _is_fresh(self, at: float) -> bool:
+        return 0 <= self._clock() - at < self._hold_s
+
     def _model(self, name: str, record: Record, version: str) -> Model:
         entry = record["versions"][version]
-        manifest = self._manifest(
-            str(entry["artifact"]), f"{entry.get('fingerprint')} {entry.get('created')}"
-        )
+        manifest = self._manifest(*_manifest_key(entry))
         identity = manifest["identity"]
         return Model(
             name=name,
@@ -165,6 +178,10 @@ class Catalog:
     def _unknown(self, tenant: str, model: str, param: str | None) -> ApiError:
         near = did_you_mean(model.partition("@")[0], [*self._names(tenant), PRISTINE])
         return ApiError(404, f"there is no model {model[:64]!r}. {near}", "model_not_found", param)
+
+
+def _manifest_key(entry: Mapping[str, Any]) -> tuple[str, str]:
+    return str(entry["artifact"]), f"{entry.get('fingerprint')} {entry.get('created')}"
 
 
 def _shrink(cache: OrderedDict[Any, Any]) -> None:

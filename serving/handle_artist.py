@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 from uuid import uuid4
 
+from grpc import RpcError
 from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.context import _set_request_context
@@ -34,7 +35,8 @@ PAUSE_S = 0.25  # until the next one, doubled each time
 ANSWER_S = 3.0  # for replicas to say how they are
 RETRY_S = 5.0
 WAITING_REQUESTS = 1000  # at the proxy, beside those that an ingress works on
-_LOST = (RayActorError, DeploymentUnavailableError, ReplicaUnavailableError)
+# What a replica itself raises comes as it is: an error of gRPC is one of the way to it.
+_LOST = (RayActorError, DeploymentUnavailableError, ReplicaUnavailableError, RpcError)
 
 
 class HandleArtist:
@@ -48,8 +50,10 @@ class HandleArtist:
     """
 
     def __init__(self, handle: Any, may_sleep: bool = False, tries: int = TRIES) -> None:
-        self._handle, self._may_sleep, self._tries = handle, may_sleep, tries
-        self._stream = handle.options(stream=True)
+        self._may_sleep, self._tries = may_sleep, tries
+        # by gRPC, in which a call costs half of one of an actor's; orders are plain data
+        self._handle = handle.options(_by_reference=False, request_serialization="pickle")
+        self._stream = self._handle.options(stream=True)
         self._open = 0  # images that are drawn for this ingress
         self._last: dict[str, float] = {}
 

@@ -13,11 +13,13 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from cluster.errors import RayboothError
 from cluster.objects import StorageError
 from cluster.storage import Storage
 from serving.answers import ApiError, answer_of, invalid
+from serving.bodies import unpacked
 from serving.booth import Booth
 from serving.door import Door
 from serving.envelope import LOG, Envelope
@@ -39,6 +41,13 @@ ABOUT = (
 trainings."
 )
 UPLOADS = ("/v1/trainings",)
+
+
+class _App(FastAPI):
+    """The application, which looks first whether it has the body already."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await super().__call__(scope, unpacked(scope, receive), send)
 
 
 def create_app(
@@ -80,7 +89,7 @@ def create_app(
             await work.close()
             outbound.close()
 
-    app = FastAPI(
+    app = _App(
         title="raybooth",
         version=version("raybooth"),
         description=ABOUT,

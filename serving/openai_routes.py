@@ -106,7 +106,11 @@ def openai_routes(booth: Booth) -> APIRouter:
         summary="Draw images and wait for them",
     )
     async def generate(asked: GenerationRequest, request: Request, caller: ImagesCaller) -> Any:
-        model = await asyncio.to_thread(booth.catalog.find, caller.tenant, asked.model)
+        find = booth.catalog.find
+        if booth.catalog.holds(caller.tenant, asked.model):
+            model = find(caller.tenant, asked.model)
+        else:
+            model = await asyncio.to_thread(find, caller.tenant, asked.model)
         check(asked, model, booth.settings)
         deadline = booth.settings.limits.deadline_s
         previews = asked.partial_images

@@ -115,6 +115,11 @@ class SafetyGuard:
         checks = {f"{number}:{check.factory}": _load(check) for number, check in enumerate(settings.checks)}
         return cls(checks, settings.timeout_s)
 
+    @property
+    def checks(self) -> tuple[str, ...]:
+        """The names of the checks that are asked; with none, everything is allowed."""
+        return tuple(self._checks)
+
     def prompt(self, prompt: str, negative_prompt: str = "") -> None:
         """Return if the prompt is allowed.
 

@@ -13,6 +13,7 @@ import pytest
 
 from cluster.manifests import Document, get, of_kind, ray_cluster
 from cluster.overlay_policies import all_pods
+from cluster.session import _EVERYWHERE
 
 ROOT = Path(__file__).parent.parent.parent
 DOCKERFILE = (ROOT / "k8s" / "image" / "Dockerfile").read_text(encoding="utf-8")
@@ -52,6 +53,11 @@ def test_every_stage_that_runs_runs_as_nobody_special() -> None:
 def test_extras_exist() -> None:
     extras = re.search(r"ARG EXTRAS=(\S+)", DOCKERFILE)
     assert extras and set(extras[1].split(",")) <= set(PROJECT["optional-dependencies"])
+
+
+def test_serve_is_told_in_a_pod_what_a_private_ray_tells_it() -> None:
+    told = dict(re.findall(r"\b(RAY_SERVE_\w+)=(\S+)", DOCKERFILE))
+    assert told == {name: value for name, value in _EVERYWHERE.items() if name.startswith("RAY_SERVE_")}
 
 
 def test_versions_agree(overlays: Mapping[str, list[Document]]) -> None:

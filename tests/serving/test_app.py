@@ -14,10 +14,13 @@ import urllib.error
 import urllib.request
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import grpc
+import psutil
 import pytest
 import ray
 from ray import serve
@@ -26,6 +29,7 @@ from ray.exceptions import RayActorError
 from cluster.session import session
 from cluster.storage import Storage
 from serving.app import service, start, stop
+from serving.bodies import CARRIED_BYTES
 from serving.ingress import create_app
 from serving.replicas import Replicas
 from serving.settings import ServingSettings
@@ -114,10 +118,39 @@ def test_an_image_over_http_says_who_it_shows(up: Service) -> None:
     assert up.draw("lora", 7) == png and up.draw("base", 7) != png
 
 
-def test_a_client_that_leaves_frees_its_rows(up: Service) -> None:
+def test_ray_keeps_a_line_of_each_request(up: Service) -> None:
+    request = urllib.request.Request(f"{up.address}/v1/models", headers={"x-request-id": "asked-for-models"})
+    with urllib.request.urlopen(request, timeout=WAIT_S):
+        pass
+    node = ray._private.worker._global_node
+    written = (file.read_text(errors="replace") for file in Path(node.get_logs_dir_path()).glob("worker-*"))
+    [line] = [line for text in written for line in text.splitlines() if "asked-for-models" in line]
+    assert json.loads(line).items() >= {"route": "/v1/models", "status": 200, "tenant": "default"}.items()
+
+
+def test_what_a_replica_refuses_is_told_as_it_said_it(up: Service) -> None:
+    status, _, told = up.ask(model="base", prompt="a dog " * 200, steps=1)
+    assert (status, told["error"]["code"]) == (422, "cannot_be_done"), told
+
+
+@pytest.mark.parametrize("letters", [10_000, CARRIED_BYTES, 900_000])
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_body_of_any_size_reaches_the_ingress_whole(up: Service, letters: int, chunked: bool) -> None:
+    client = http.client.HTTPConnection(up.address.removeprefix("http://"), timeout=WAIT_S)
+    body = json.dumps({"model": "base", "prompt": "a" * letters}).encode()
+    sent = iter([body[:100], body[100:]]) if chunked else body
+    headers = {"content-type": "application/json"} | ({"transfer-encoding": "chunked"} if chunked else {})
+    client.request("POST", "/v1/images/generations", sent, headers, encode_chunked=chunked)
+    with closing(client), client.getresponse() as answer:
+        error = json.load(answer)["error"]
+    assert answer.status == 422 and error["param"] == "prompt" and "2000" in error["message"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_frees_its_rows(up: Service, stream: bool) -> None:
     before = up.figures().get("raybooth_replica_cancelled", 0)
     client = http.client.HTTPConnection(up.address.removeprefix("http://"))
-    body = json.dumps({"model": "base", "prompt": "a dog", "steps": 1000, "n": 4})
+    body = json.dumps({"model": "base", "prompt": "a dog", "steps": 1000, "n": 4, "stream": stream})
     client.request("POST", "/v1/images/generations", body, {"content-type": "application/json"})
     _wait_for(lambda: up.figures().get("raybooth_replica_running", 0) >= 4)
     client.close()
@@ -192,6 +225,18 @@ def test_the_ray_that_serves_asks_for_its_token(up: Service) -> None:
     )
     assert known.returncode == 0, known.stderr
     assert unknown.returncode != 0 and "AuthenticationError" in unknown.stderr
+
+
+def test_a_replica_that_is_called_past_ray_asks_for_the_token_too(up: Service) -> None:
+    listening = psutil.Process(up.pids()[0]).net_connections("tcp")
+    ports = {one.laddr.port for one in listening if one.status == psutil.CONN_LISTEN}
+    said = set()
+    for port in ports:
+        with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+            with pytest.raises(grpc.RpcError) as refused:
+                channel.unary_unary("/ray.serve.ASGIService/HandleRequest")(b"", timeout=WAIT_S)
+            said.add((refused.value.code(), refused.value.details()))
+    assert (grpc.StatusCode.UNAUTHENTICATED, "Invalid or missing authentication token") in said
 
 
 def test_a_service_that_may_sleep_is_ready_with_no_replica_and_looking_at_it_does_not_keep_it_awake(
