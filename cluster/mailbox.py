@@ -185,6 +185,9 @@ class Mailbox:
             elif kind == "steps":
                 self._count(n, slot, max(step["step"] for step in payload))
                 self._events += [Event(n, rank, "step", step, slot) for step in payload]
+            elif kind == "drawn":
+                self._count(n, slot, payload["steps"])
+                self._events.append(Event(n, rank, kind, payload, slot))
             else:
                 attempts = self._attempts[n]
                 if kind == "note" and payload.get("died") and not attempts.told:

@@ -73,8 +73,10 @@ def private_ray(cpus: int, common: Mapping[str, Any]) -> Iterator[None]:
         try:
             yield
         finally:
-            _lodgings.end()
-            ray.shutdown()
+            try:
+                _lodgings.end()
+            finally:
+                ray.shutdown()
 
 
 class _Lodgings:

@@ -53,7 +53,8 @@ def show_one(ledger: Ledger, name: str, watch: bool, as_json: bool) -> dict[str,
     campaign, counts = ledger.campaign(name), ledger.counts(name)
     # of 10,000 runs, reading all takes longer than the rest of the command
     parts = [ledger.runs(name)] if as_json else [ledger.runs(name, state, ROWS) for state in counts]
-    rows = sorted((row for part in parts for row in part), key=lambda row: row.position)
+    found = {row.id: row for part in parts for row in part}  # one may change its state between two looks
+    rows = sorted(found.values(), key=lambda row: row.position)
     told = reasons(rows, counts, ROWS) if watch else status_view(campaign, rows, counts, console.width, ROWS)
     console.print(told)
     standing = _campaign(ledger, campaign, counts)

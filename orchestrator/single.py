@@ -8,7 +8,7 @@ from typing import Any
 from uuid import uuid4
 
 from cluster.errors import failure_of
-from cluster.mailbox import MailboxClient, create
+from cluster.mailbox import GANG_KILLED, MEMORY, MailboxClient, create
 from cluster.objects import StorageError
 from cluster.session import check_fits, gpu_count, resolve_address, session
 from cluster.storage import Storage
@@ -189,18 +189,29 @@ class SingleRun:
         )
 
     def _draw(self, mailbox: MailboxClient, gang: GangThread, asked: Draw) -> None:
-        """Have the workers draw the sample grid: another process would first have to load what they have."""
+        """Have the workers draw the sample grid: another process would first have to load what they have.
+
+        What was trained is published, and is worth more than its samples.
+        """
         number = mailbox.post(asked)
         with self.stages.stage("drawing samples", sum(request.steps for request in asked.requests)) as stage:
             drawn = False
             while not drawn:
                 alive = gang.is_alive()
                 for event in mailbox.drain(POLL_S):
-                    if event.lease == number and event.kind == "drawn":
+                    if event.lease != number:
+                        continue
+                    if event.kind == "drawn":
                         stage.at(int(event.payload["steps"]))
-                    elif event.lease == number and event.kind == "failed":
+                    elif event.kind == "note":
+                        self.stages.note(str(event.payload["text"]))
+                    elif event.kind == "failed" and event.payload["kind"] in (MEMORY, GANG_KILLED):
+                        seen = event.payload["seen"]
+                        self.stages.note(f"no samples: the workers died of drawing them: {seen}")
+                        return
+                    elif event.kind == "failed":
                         raise failure_of(event.payload)
-                    drawn |= event.lease == number and event.kind == "published"
+                    drawn |= event.kind == "published"
                 if not (alive or drawn):
                     raise ended(gang)
         picture = self.storage.read(asked.path)

@@ -184,7 +184,7 @@ def reasons(rows: Sequence[RunRow], counts: Mapping[str, int], limit: int) -> Gr
         do = (row.reason or {}).get("do")
         lines.append(Text.assemble((f"{row.name}: ", "bold red"), reason_line(row.reason)))
         lines += [Text(f"  do: {do}")] if do else []
-    if more := counts.get("failed", 0) - len(failed):
+    if (more := counts.get("failed", 0) - len(failed)) > 0:
         lines.append(Text(f"and {more} more failed", "red"))
     return Group(*lines)
 

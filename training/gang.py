@@ -15,9 +15,7 @@ from typing import Any
 import ray.train
 import torch
 import torch.distributed as dist
-from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
-    get_or_create_autoscaling_coordinator,
-)
+from ray.data._internal.cluster_autoscaler import default_autoscaling_coordinator
 from ray.exceptions import RayError
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
@@ -127,7 +125,8 @@ class _Resizing(ControllerCallback):  # type: ignore[misc]  # Ray has no types h
 
     def before_controller_execute_failure_decision(self, failure_decision: Any) -> None:
         """Have the nodes counted now: Ray does it every 20 s, and until then would wait for one that is gone."""
-        counted = get_or_create_autoscaling_coordinator().get_reserved_resources
+        coordinator = default_autoscaling_coordinator.get_or_create_autoscaling_coordinator()
+        counted = coordinator.get_reserved_resources
         with suppress(RayError):  # then it takes longer; raised here, it would end the gang
             ray.get(counted.remote(self._mailbox_name, recompute=True), timeout=ASK_S)
 

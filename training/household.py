@@ -8,6 +8,7 @@ they are made as ever.
 
 import asyncio
 import logging
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
@@ -78,7 +79,7 @@ class _Locations:
 
 
 class _Coordinator(default_autoscaling_coordinator._AutoscalingCoordinatorActor):  # type: ignore[misc]
-    """Who may use which part of the machine. It looks for new nodes once in a long while: there will be none."""
+    """Who may use which part of the machine. Its thread, which would look for new nodes, sleeps: there will be none."""
 
     TICK_INTERVAL_S = 1e8
 
@@ -96,20 +97,27 @@ class _NobodyWaits:
         return InProcess()
 
 
+_making = threading.RLock()  # threads of a driver stream and control at the same time
 _houses: WeakKeyDictionary[Any, dict[type, InProcess]] = WeakKeyDictionary()  # by private Ray
 
 
 def _housed(kind: type) -> InProcess:
     """The one helper of a kind that the private Ray of this process has."""
-    house = _houses.setdefault(worker._global_node, {})
-    if kind not in house:
-        house[kind] = InProcess(kind())
-    return house[kind]
+    with _making:
+        house = _houses.setdefault(worker._global_node, {})
+        if kind not in house:
+            house[kind] = InProcess(kind())
+        return house[kind]
+
+
+def keep_house() -> None:
+    """From here on Ray's helpers live in this process while its Ray is private."""
+    with _making:
+        _move_in()
 
 
 @cache
-def keep_house() -> None:
-    """From here on Ray's helpers live in this process while its Ray is private."""
+def _move_in() -> None:
     for modules, name, kind in (
         ((stats,), "get_or_create_stats_actor", _Statistics),
         (
