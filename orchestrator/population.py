@@ -122,7 +122,13 @@ def donor_of(member: int, step: int, seed: int, number: int) -> int:
 
 
 def heir(
-    space: Space, donor: Values, step: int, seed: int, member: int, taken: Collection[str]
+    space: Space,
+    donor: Values,
+    step: int,
+    seed: int,
+    member: int,
+    taken: Collection[str],
+    idle: Collection[str] = (),
 ) -> dict[str, Any] | None:
     """The donor's history with other settings from `step` on.
 
@@ -133,9 +139,10 @@ def heir(
         seed: The study's.
         member: The number of the one that takes over.
         taken: Keys of the histories of all members; none is trained by two.
+        idle: Settings that take no effect after `step`; they stay as the donor has them.
 
     Returns:
-        `None` where chance found none that is free.
+        `None` where chance found none that is free, or nothing can be changed any more.
     """
     rng = np.random.default_rng([seed, member, step, _SETTINGS])
     before = settings_now(donor)
@@ -143,7 +150,7 @@ def heir(
         wanted = {
             key: _perturbed(one, before[key], rng)
             for key, one in space.items()
-            if key in CHANGEABLE and key in before
+            if key in CHANGEABLE and key in before and key not in idle
         }
         changed = {key: value for key, value in wanted.items() if value != before[key]}
         change = {"after": step, **sections(changed)}

@@ -11,6 +11,7 @@ import yaml
 from safetensors.torch import load_file
 
 from cluster.errors import UserError
+from cluster.objects import StorageError
 from cluster.storage import Storage
 from orchestrator import bench
 from orchestrator.population import (
@@ -26,8 +27,9 @@ from orchestrator.population import (
     split,
 )
 from orchestrator.progress import Lines
-from orchestrator.space import key_of, parse_space
+from orchestrator.space import draw, key_of, parse_space
 from orchestrator.spec import parse_run
+from orchestrator.study import search
 from orchestrator.study_spec import StudySpec
 from orchestrator.train import train_subject
 from orchestrator.trial import Workplace
@@ -96,6 +98,14 @@ def test_no_two_members_train_the_same_history() -> None:
     first = heir(space, {"prior.weight": 1.0}, 10, 0, 1, ())
     assert first == {"prior.weight": 1.0, CHANGES: [{"after": 10, "prior": {"weight": 2.0}}]}
     assert heir(space, {"prior.weight": 1.0}, 10, 0, 2, [key_of(first)]) is None
+
+
+def test_what_takes_no_effect_any_more_stays_as_the_donor_has_it() -> None:
+    for member in range(20):
+        found = heir(SPACE, DONOR, 40, 0, member, (), ["prior.weight"])
+        assert found and settings_now(found).keys() == DONOR.keys()
+        assert found[CHANGES][0].keys() == {"after", "train"}
+    assert heir(SPACE, DONOR, 40, 0, 0, (), ["prior.weight", "train.lr"]) is None
 
 
 def test_a_history_is_told_with_all_that_it_took_over() -> None:
@@ -215,6 +225,39 @@ def test_what_a_population_could_not_do_is_refused_before_anything_is_drawn(
         run_study(replace(spec, runs=runs, space=varied, **other), storage, Lines(sys.stderr), None)
     assert refused.value.what.startswith(what) and refused.value.do
     assert not storage.exists("studies/night/study.json")
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_when_a_member_takes_over_is_said_so(
+    spec: StudySpec, storage: Storage, one_ray: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what is taken over changes nothing that has stopped."""
+    stopped = {"train": {"text_encoder": {"train": True, "stop_after": 1}}}
+    specs = tuple(merge(run.model_dump(mode="json", by_alias=True), stopped) for run in spec.runs)
+    space = parse_space({key: {"low": 1e-4, "high": 1e-2} for key in ("train.lr", "train.text_encoder.lr")})
+    recipes = draw(space, 4, 0)
+    for place, values in enumerate(recipes):  # on record, so that nothing is trained
+        row = {"worth": place, "dino": 0, "clip_t": 0, "drift": 0, "steps_spent": 1}
+        record = {"values": values, "state": "running", "rows": [{**row, "step": step} for step in (1, 2, 3)]}
+        storage.write_json(bench.trial_path("night", key_of(values)), record)
+    shared = bench.Bench(
+        "night", storage.uri, specs, (), 1, (1, 2, 3), "", "", GangShape(), "cpu", population=True
+    )
+    heirs = []
+
+    def full(storage: Storage, shared: bench.Bench, old: Any, donor: Any, new: Any, *others: Any) -> None:
+        heirs.append((old, donor, new))
+        raise StorageError("the checkpoint could not be written", "No space left on device", True)
+
+    monkeypatch.setattr("orchestrator.pbt.take_over", full)
+    spared = key_of(recipes[1])
+    with pytest.raises(StorageError) as raised:
+        search(shared, recipes, space, 4, "pbt", 0, 1, spared, lambda *_: None)
+    assert raised.value.full and raised.value.failure().do.startswith("make room there")
+    [(old, donor, new)] = heirs
+    assert (old, donor) == (recipes[0], recipes[3])
+    assert new[CHANGES][0]["train"].keys() == {"lr"}
+    assert all(bench.trial_run(shared, one, new) for one in specs)
 
 
 class BrokenOff(Exception):
