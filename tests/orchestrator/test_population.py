@@ -201,6 +201,12 @@ def spec(tiny_base: Path, tmp_path: Path) -> StudySpec:
             {},
             "train.changes.0.train.text_encoder.lr takes no effect",
         ),
+        ({}, {"train.lr": [1e-4, 1e-3, 1e-2, "fast"]}, {}, "train.lr of the space cannot be used by a"),
+        *(
+            ({}, {"train.max_grad_norm": one, "train.lr": [1e-4, 1e-3]}, {"max_grad_norm": None}, what)
+            for what in ["train.max_grad_norm cannot be changed by a population"]
+            for one in ({"low": 0.1, "high": 2}, [0.5, 1.0, 2.0])
+        ),
         (
             {"scheduler": "none"},
             None,
@@ -225,6 +231,33 @@ def test_what_a_population_could_not_do_is_refused_before_anything_is_drawn(
         run_study(replace(spec, runs=runs, space=varied, **other), storage, Lines(sys.stderr), None)
     assert refused.value.what.startswith(what) and refused.value.do
     assert not storage.exists("studies/night/study.json")
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("lr_scheduler", "cosine"), ("changes", [{"after": 1, "train": {"lr": 1e-4}}])],
+)
+def test_no_subject_of_a_population_has_a_course_of_its_own(
+    setting: str, value: Any, spec: StudySpec, storage: Storage
+) -> None:
+    own = {"subject": {"name": "two"}, "train": {setting: value}}
+    other = parse_run(merge(spec.runs[0].model_dump(mode="json", by_alias=True), own))
+    with pytest.raises(UserError, match=f"train.{setting} cannot be had with --scheduler pbt"):
+        run_study(replace(spec, runs=(*spec.runs, other)), storage, Lines(sys.stderr), None)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "expected"), [("pbt", [1e-4, 3e-4, 0.01]), ("none", ["1e-4", "3e-4", 0.01])]
+)
+def test_a_population_takes_numbers_as_yaml_reads_them_and_other_studies_stay_what_they_were(
+    scheduler: str, expected: list[Any], spec: StudySpec, storage: Storage
+) -> None:
+    space = parse_space(yaml.safe_load("{train: {lr: [1e-4, 3e-4, 0.01], lora: {rank: ['4', 8]}}}"))
+    asked = replace(spec, space=space, scheduler=scheduler, dino="./none")
+    with pytest.raises(UserError, match=r"\./none"):  # once the study is on record, before anything is drawn
+        run_study(asked, storage, Lines(sys.stderr), None)
+    known = storage.read_json("studies/night/study.json")["spec"]["space"]
+    assert known["train.lr"]["options"] == expected and known["train.lora.rank"]["options"] == ["4", 8]
 
 
 @pytest.mark.slow
