@@ -7,10 +7,11 @@ from ray.tune.schedulers import PopulationBasedTraining
 from ray.tune.search import BasicVariantGenerator
 
 from cluster.storage import Storage
-from orchestrator.bench import LOST, RUNG, WORTH, Bench
+from orchestrator.bench import LOST, RUNG, WORTH, Bench, trial_run
 from orchestrator.population import donor_of, heir, split
 from orchestrator.space import Space, key_of
 from orchestrator.takeover import take_over
+from training.changes import settled
 
 
 class Members(BasicVariantGenerator):  # type: ignore[misc]  # Ray has no types here
@@ -97,7 +98,10 @@ class Population(PopulationBasedTraining):  # type: ignore[misc]  # Ray has no t
     def _exploit(self, tune_controller: Any, trial: Any, trial_to_clone: Any) -> None:
         member, step = self._numbers[trial], self._step_of(trial)
         old, donor = trial.config["values"], trial_to_clone.config["values"]
-        self._heir = heir(self._space, donor, step, self._seed, member, [_key(one) for one in self._numbers])
+        runs = [trial_run(self._bench, spec, donor) for spec in self._bench.specs]
+        idle = {key for run in runs for key in settled(run.train, step)}
+        taken = [_key(one) for one in self._numbers]
+        self._heir = heir(self._space, donor, step, self._seed, member, taken, idle)
         if self._heir is not None:
             take_over(Storage(self._bench.storage_uri), self._bench, old, donor, self._heir, step, member)
             super()._exploit(tune_controller, trial, trial_to_clone)

@@ -40,7 +40,7 @@ def refuse_idle(spec: StudySpec, space: Space, members: Sequence[Values]) -> Non
     Args:
         spec: The study.
         space: What is varied, the recipe that is varied included.
-        members: What they begin with.
+        members: What they begin with, first the recipe that is varied.
 
     Raises:
         UserError: It cannot be tried.
@@ -57,7 +57,8 @@ def refuse_idle(spec: StudySpec, space: Space, members: Sequence[Values]) -> Non
             "a population has nothing to decide", f"there is {rungs[0]} step", "give more --steps"
         )
     for setting, idle in ((CHANGES, ()), ("train.lr_scheduler", "constant")):
-        if setting in space or getattr(spec.runs[0].train, setting.removeprefix("train.")) != idle:
+        of_runs = [getattr(run.train, setting.removeprefix("train.")) for run in spec.runs]
+        if setting in space or any(value != idle for value in of_runs):
             raise UserError(
                 f"{setting} cannot be had with --scheduler pbt",
                 "what settings become on their way is what it finds",
@@ -76,7 +77,13 @@ def refuse_idle(spec: StudySpec, space: Space, members: Sequence[Values]) -> Non
             f"give --trials {FEWEST} or more, and a space with as many different recipes",
         )
     for key in varied:
-        one = space[key]
+        one, begun = space[key], members[0].get(key, 0)
+        if begun is None:
+            raise UserError(
+                f"{key} cannot be changed by a population",
+                "it is null in the recipe that is varied",
+                "give it a number there, or leave it out of the space",
+            )
         ends = one.options if isinstance(one, Choice) else (one.low, one.high)
         if any(isinstance(value, bool) or not isinstance(value, int | float) for value in ends):
             seen = ", ".join(map(str, ends))
@@ -122,7 +129,13 @@ def donor_of(member: int, step: int, seed: int, number: int) -> int:
 
 
 def heir(
-    space: Space, donor: Values, step: int, seed: int, member: int, taken: Collection[str]
+    space: Space,
+    donor: Values,
+    step: int,
+    seed: int,
+    member: int,
+    taken: Collection[str],
+    idle: Collection[str] = (),
 ) -> dict[str, Any] | None:
     """The donor's history with other settings from `step` on.
 
@@ -133,9 +146,10 @@ def heir(
         seed: The study's.
         member: The number of the one that takes over.
         taken: Keys of the histories of all members; none is trained by two.
+        idle: Settings that take no effect after `step`; they stay as the donor has them.
 
     Returns:
-        `None` where chance found none that is free.
+        `None` where chance found none that is free, or nothing can be changed any more.
     """
     rng = np.random.default_rng([seed, member, step, _SETTINGS])
     before = settings_now(donor)
@@ -143,7 +157,7 @@ def heir(
         wanted = {
             key: _perturbed(one, before[key], rng)
             for key, one in space.items()
-            if key in CHANGEABLE and key in before
+            if key in CHANGEABLE and key in before and key not in idle
         }
         changed = {key: value for key, value in wanted.items() if value != before[key]}
         change = {"after": step, **sections(changed)}

@@ -7,7 +7,7 @@ trial are a flat mapping such as `{"train.lr": 0.001}`.
 import itertools
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -116,6 +116,19 @@ def _number(value: Any) -> float | None:
         return float(value)
     except ValueError:
         return None
+
+
+def in_numbers(space: Space, keys: Collection[str]) -> Space:
+    """The space with numbers for the texts that YAML makes of `[1e-4, 3e-4]`, in choices of these settings."""
+    return {
+        key: Choice(tuple(map(_told_number, one.options))) if isinstance(one, Choice) and key in keys else one
+        for key, one in space.items()
+    }
+
+
+def _told_number(value: Any) -> Any:
+    found = _number(value) if isinstance(value, str) else None
+    return value if found is None else found
 
 
 def including(space: Space, values: Values) -> Space:

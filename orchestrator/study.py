@@ -15,14 +15,12 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.logging import WARNING, set_verbosity
 from ray import tune
 from ray.train._internal.session import _TrainingResult
-from ray.tune.schedulers import (
-    AsyncHyperBandScheduler,
-    FIFOScheduler,
-    TrialScheduler,
-)
+from ray.tune.error import TuneError
+from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search.optuna import OptunaSearch
 
-from cluster.errors import SystemFailure
+from cluster.errors import RayboothError, SystemFailure
+from cluster.objects import StorageError
 from cluster.storage import Storage
 from orchestrator.bench import KEY, LOST, RUNG, STEP, WORTH, Bench, forget, read_trial, trial_path
 from orchestrator.pbt import Members, Population
@@ -59,6 +57,7 @@ def search(
 
     Raises:
         SystemFailure: A trial failed by no fault of its recipe; started again, the study goes on.
+        StorageError: A record, or a checkpoint that is taken over, cannot be read or written.
     """
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # they would write every trial down again
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = (
@@ -77,7 +76,7 @@ def search(
             searcher = searching(space, recipes, seed)
             parameters, samples = {}, trials
     with tempfile.TemporaryDirectory(prefix="raybooth-study-") as scratch:
-        results = tune.Tuner(
+        tuner = tune.Tuner(
             tried,
             param_space=parameters,
             tune_config=tune.TuneConfig(
@@ -95,7 +94,11 @@ def search(
                 callbacks=[_Told(bench, on_result)],
                 failure_config=tune.FailureConfig(max_failures=1),
             ),
-        ).fit()
+        )
+        try:
+            results = tuner.fit()
+        except TuneError as error:
+            raise _raised_by_us(error) from None
     if results.errors:
         said = [line for line in str(results.errors[0]).splitlines() if line.strip()] or [""]
         raise SystemFailure(
@@ -103,6 +106,15 @@ def search(
             said[-1].strip(),
             "run the same command again: what is found stays found",
         )
+
+
+def _raised_by_us(error: BaseException) -> BaseException:
+    """What our scheduler or callback raised: Tune raises an error with its text in its place, which is returned where
+    what was raised is none for people."""
+    found: BaseException | None = error
+    while found is not None and not isinstance(found, RayboothError | StorageError):
+        found = found.__cause__ or found.__context__
+    return found or error
 
 
 def searching(space: Space, recipes: Sequence[Mapping[str, Any]], seed: int) -> OptunaSearch:

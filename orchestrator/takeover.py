@@ -16,7 +16,7 @@ def take_over(
 ) -> None:
     """Have a member go on from the donor's checkpoints of `step`, and let its own history go; again is no harm.
 
-    Where the donor has no checkpoint, the member trains its history from the first step, to the same bits.
+    Where the donor has no whole checkpoint, the member trains its history from the first step, to the same bits.
 
     Args:
         storage: Root.
@@ -29,7 +29,6 @@ def take_over(
 
     Raises:
         StorageError: A checkpoint cannot be read or written.
-        SystemFailure: A checkpoint is damaged.
     """
     key = key_of(new)
     record: Record = read_trial(storage, bench.study, key) or {

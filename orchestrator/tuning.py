@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import yaml
@@ -17,12 +18,13 @@ from orchestrator.prepare import Prepared, prepare
 from orchestrator.progress import Stages
 from orchestrator.protocol import SETS, prompts_for
 from orchestrator.recipes import recipe_path
-from orchestrator.space import draw, every, including, key_of, sections, values_at
+from orchestrator.space import draw, every, in_numbers, including, key_of, sections, values_at
 from orchestrator.spec import parse_run
 from orchestrator.study import rungs, search
 from orchestrator.study_mirror import mirror_study
 from orchestrator.study_page import write_study_page
 from orchestrator.study_spec import StudyOutcome, StudySpec
+from training.change_settings import CHANGEABLE
 from training.critic import Scores
 from training.defaults import base_family
 from training.embedders import DEFAULTS, open_embedder
@@ -64,6 +66,10 @@ def run_study(spec: StudySpec, storage: Storage, stages: Stages, address: str | 
 
 class _Study:
     def __init__(self, spec: StudySpec, storage: Storage, stages: Stages) -> None:
+        if (
+            spec.population
+        ):  # elsewhere texts stay: a trial is known by its values, also those of older studies
+            spec = replace(spec, space=in_numbers(spec.space, CHANGEABLE))
         self.spec, self.storage, self.stages = spec, storage, stages
         self.path = study_path(spec.name)
         self.defaults = values_at(spec.runs[0].model_dump(mode="json", by_alias=True), spec.space)

@@ -35,6 +35,12 @@ def in_force(values: Course[T], step: int) -> T:
     return values[bisect_right(values, step, key=lambda value: value[0]) - 1][1]
 
 
+def settled(train: Train, after: int) -> list[str]:
+    """Rates that take no effect any more after so many steps: their part has stopped. Dotted, as in run.yaml."""
+    stops = {"text_encoder": train.text_encoder.stop_after, "new_tokens": train.new_tokens.stop_after}
+    return [f"train.{name}.lr" for name, stop in stops.items() if stop is not None and stop <= after]
+
+
 def refuse_idle_changes(run: Run) -> None:
     """Refuse changes that would take no effect, or that would change what data is trained.
 
@@ -63,10 +69,11 @@ def refuse_idle_changes(run: Run) -> None:
             ("text_encoder", change.train.text_encoder, text.train, text.stop_after),
             ("new_tokens", change.train.new_tokens, tokens.count > 0, tokens.stop_after),
         ):
-            if changed.lr is None or (on and (stop_after is None or after < stop_after)):
+            rate = f"train.{name}.lr"
+            if changed.lr is None or (on and rate not in settled(train, after)):
                 continue
             seen = f"train.{name}.stop_after is {stop_after}" if on else "it is not trained"
-            raise UserError(f"{path}.train.{name}.lr takes no effect", seen, "leave it out")
+            raise UserError(f"{path}.{rate} takes no effect", seen, "leave it out")
         if change.prior.weight is not None and run.prior.weight == 0:
             raise UserError(
                 f"{path}.prior.weight cannot be had",

@@ -188,18 +188,20 @@ def adopt(
         step: Of the checkpoint.
 
     Returns:
-        Whether there is such a checkpoint.
+        Whether there is such a checkpoint, and it is whole.
 
     Raises:
-        SystemFailure: It is damaged.
         StorageError: It cannot be read, or the copy not be written.
     """
     manifest = storage.manifest(_at(donor, step)) or {}
     if (manifest.get("format"), manifest.get("fingerprint")) != (FORMAT, donors_fingerprint):
         return False
     facts = {key: value for key, value in manifest.items() if key != "files"}
-    with storage.verified(_at(donor, step)) as folder:
-        storage.publish(folder, _at(run_path, step), {**facts, "fingerprint": fingerprint})
+    try:
+        with storage.verified(_at(donor, step)) as folder:
+            storage.publish(folder, _at(run_path, step), {**facts, "fingerprint": fingerprint})
+    except SystemFailure:  # it is damaged
+        return False
     if storage.exists(f"{donor}/{ROWS}"):
         storage.write(f"{run_path}/{ROWS}", storage.read(f"{donor}/{ROWS}"))
     return True

@@ -11,6 +11,7 @@ import yaml
 from safetensors.torch import load_file
 
 from cluster.errors import UserError
+from cluster.objects import StorageError
 from cluster.storage import Storage
 from orchestrator import bench
 from orchestrator.population import (
@@ -26,8 +27,9 @@ from orchestrator.population import (
     split,
 )
 from orchestrator.progress import Lines
-from orchestrator.space import key_of, parse_space
+from orchestrator.space import draw, key_of, parse_space
 from orchestrator.spec import parse_run
+from orchestrator.study import search
 from orchestrator.study_spec import StudySpec
 from orchestrator.train import train_subject
 from orchestrator.trial import Workplace
@@ -96,6 +98,14 @@ def test_no_two_members_train_the_same_history() -> None:
     first = heir(space, {"prior.weight": 1.0}, 10, 0, 1, ())
     assert first == {"prior.weight": 1.0, CHANGES: [{"after": 10, "prior": {"weight": 2.0}}]}
     assert heir(space, {"prior.weight": 1.0}, 10, 0, 2, [key_of(first)]) is None
+
+
+def test_what_takes_no_effect_any_more_stays_as_the_donor_has_it() -> None:
+    for member in range(20):
+        found = heir(SPACE, DONOR, 40, 0, member, (), ["prior.weight"])
+        assert found and settings_now(found).keys() == DONOR.keys()
+        assert found[CHANGES][0].keys() == {"after", "train"}
+    assert heir(SPACE, DONOR, 40, 0, 0, (), ["prior.weight", "train.lr"]) is None
 
 
 def test_a_history_is_told_with_all_that_it_took_over() -> None:
@@ -191,6 +201,12 @@ def spec(tiny_base: Path, tmp_path: Path) -> StudySpec:
             {},
             "train.changes.0.train.text_encoder.lr takes no effect",
         ),
+        ({}, {"train.lr": [1e-4, 1e-3, 1e-2, "fast"]}, {}, "train.lr of the space cannot be used by a"),
+        *(
+            ({}, {"train.max_grad_norm": one, "train.lr": [1e-4, 1e-3]}, {"max_grad_norm": None}, what)
+            for what in ["train.max_grad_norm cannot be changed by a population"]
+            for one in ({"low": 0.1, "high": 2}, [0.5, 1.0, 2.0])
+        ),
         (
             {"scheduler": "none"},
             None,
@@ -215,6 +231,66 @@ def test_what_a_population_could_not_do_is_refused_before_anything_is_drawn(
         run_study(replace(spec, runs=runs, space=varied, **other), storage, Lines(sys.stderr), None)
     assert refused.value.what.startswith(what) and refused.value.do
     assert not storage.exists("studies/night/study.json")
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("lr_scheduler", "cosine"), ("changes", [{"after": 1, "train": {"lr": 1e-4}}])],
+)
+def test_no_subject_of_a_population_has_a_course_of_its_own(
+    setting: str, value: Any, spec: StudySpec, storage: Storage
+) -> None:
+    own = {"subject": {"name": "two"}, "train": {setting: value}}
+    other = parse_run(merge(spec.runs[0].model_dump(mode="json", by_alias=True), own))
+    with pytest.raises(UserError, match=f"train.{setting} cannot be had with --scheduler pbt"):
+        run_study(replace(spec, runs=(*spec.runs, other)), storage, Lines(sys.stderr), None)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "expected"), [("pbt", [1e-4, 3e-4, 0.01]), ("none", ["1e-4", "3e-4", 0.01])]
+)
+def test_a_population_takes_numbers_as_yaml_reads_them_and_other_studies_stay_what_they_were(
+    scheduler: str, expected: list[Any], spec: StudySpec, storage: Storage
+) -> None:
+    space = parse_space(yaml.safe_load("{train: {lr: [1e-4, 3e-4, 0.01], lora: {rank: ['4', 8]}}}"))
+    asked = replace(spec, space=space, scheduler=scheduler, dino="./none")
+    with pytest.raises(UserError, match=r"\./none"):  # once the study is on record, before anything is drawn
+        run_study(asked, storage, Lines(sys.stderr), None)
+    known = storage.read_json("studies/night/study.json")["spec"]["space"]
+    assert known["train.lr"]["options"] == expected and known["train.lora.rank"]["options"] == ["4", 8]
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_when_a_member_takes_over_is_said_so(
+    spec: StudySpec, storage: Storage, one_ray: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what is taken over changes nothing that has stopped."""
+    stopped = {"train": {"text_encoder": {"train": True, "stop_after": 1}}}
+    specs = tuple(merge(run.model_dump(mode="json", by_alias=True), stopped) for run in spec.runs)
+    space = parse_space({key: {"low": 1e-4, "high": 1e-2} for key in ("train.lr", "train.text_encoder.lr")})
+    recipes = draw(space, 4, 0)
+    for place, values in enumerate(recipes):  # on record, so that nothing is trained
+        row = {"worth": place, "dino": 0, "clip_t": 0, "drift": 0, "steps_spent": 1}
+        record = {"values": values, "state": "running", "rows": [{**row, "step": step} for step in (1, 2, 3)]}
+        storage.write_json(bench.trial_path("night", key_of(values)), record)
+    shared = bench.Bench(
+        "night", storage.uri, specs, (), 1, (1, 2, 3), "", "", GangShape(), "cpu", population=True
+    )
+    heirs = []
+
+    def full(storage: Storage, shared: bench.Bench, old: Any, donor: Any, new: Any, *others: Any) -> None:
+        heirs.append((old, donor, new))
+        raise StorageError("the checkpoint could not be written", "No space left on device", True)
+
+    monkeypatch.setattr("orchestrator.pbt.take_over", full)
+    spared = key_of(recipes[1])
+    with pytest.raises(StorageError) as raised:
+        search(shared, recipes, space, 4, "pbt", 0, 1, spared, lambda *_: None)
+    assert raised.value.full and raised.value.failure().do.startswith("make room there")
+    [(old, donor, new)] = heirs
+    assert (old, donor) == (recipes[0], recipes[3])
+    assert new[CHANGES][0]["train"].keys() == {"lr"}
+    assert all(bench.trial_run(shared, one, new) for one in specs)
 
 
 class BrokenOff(Exception):

@@ -4,6 +4,7 @@ Restarts and ZeRO: the recipe of `test_resume.py` is one.
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +21,7 @@ from training import checkpoint
 from training.artifact import open_artifact
 from training.bank_key import bankable
 from training.change_settings import CHANGEABLE, Change
-from training.changes import course, in_force, prior_course
+from training.changes import course, in_force, prior_course, settled
 from training.dataplan import DataPlan, Role
 from training.lease import Lease
 from training.recipe import Run
@@ -114,6 +115,19 @@ def test_a_change_that_cannot_be_had_or_does_nothing_is_refused(
     with pytest.raises(UserError) as refused:
         run_of(train, **others)
     assert refused.value.what.startswith(what)
+
+
+def test_rates_of_parts_that_have_stopped_are_settled_and_cannot_be_changed() -> None:
+    parts = {"text_encoder": {"train": True, "stop_after": 2}, "new_tokens": {"count": 1, "stop_after": 3}}
+    rates = ["train.text_encoder.lr", "train.new_tokens.lr"]
+    train = run_of({"steps": 5, **parts}).train
+    assert [settled(train, after) for after in (1, 2, 3)] == [[], rates[:1], rates]
+    assert settled(run_of(TRAIN).train, 5) == []
+    for rate, last in zip(rates, (1, 2), strict=True):
+        for after in range(1, 5):
+            change = {"after": after, **sections({rate: 1e-4})}
+            with nullcontext() if after <= last else pytest.raises(UserError, match="takes no effect"):
+                run_of({"steps": 5, **parts, "changes": [change]})
 
 
 # -- trained -------------------------------------------------------------------------------------------------

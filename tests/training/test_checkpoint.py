@@ -8,7 +8,7 @@ import torch
 
 from cluster.errors import SystemFailure
 from cluster.storage import Storage
-from training.checkpoint import State, best, delete, latest, load, save, steps_saved
+from training.checkpoint import State, adopt, best, delete, latest, load, save, steps_saved
 
 RUN = "runs/rex/v1"
 
@@ -99,3 +99,13 @@ def test_a_run_without_checkpoints_starts_anew(storage: Storage) -> None:
     save(storage, RUN, state(1), "f", keep=1)
     delete(storage, RUN)
     assert latest(storage, RUN, "f", pytest.fail) is None
+
+
+def test_a_damaged_one_is_not_taken_over(storage: Storage) -> None:
+    for step in (1, 2, 3):
+        save(storage, RUN, state(step), "f", keep=3)
+    damage(storage, 2)
+    Path(storage.full(f"{RUN}/checkpoints/step_000003/state.safetensors")).unlink()
+    heir = "runs/rex/heir"
+    assert [adopt(storage, heir, "g", RUN, "f", step) for step in (1, 2, 3)] == [True, False, False]
+    assert steps_saved(storage, heir) == [1] and same(load(storage, heir, 1, "g"), state(1))
