@@ -8,7 +8,7 @@ READY := .venv/.ready
 demo: $(READY)  ## train the shipped subject and write a contact sheet, in a few minutes without a GPU
 	$(BIN)/raybooth demo
 
-test: $(READY) lint  ## every check, about 20 minutes on two cores
+test: $(READY) lint  ## every check, about 18 minutes on two cores
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(READY)
