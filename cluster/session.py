@@ -243,4 +243,9 @@ def _tell_people(data: Mapping[str, Any], ignore_prefix: bool) -> None:
     _print_to_stdstream({**data, "is_err": True}, ignore_prefix)
 
 
+def hush() -> None:
+    """Show nothing more of what Ray's core says in this session: it tells of what ends on purpose as of a loss."""
+    worker.print_to_stdstream = lambda data, ignore_prefix: None
+
+
 _print_to_stdstream = worker.print_to_stdstream

@@ -20,6 +20,7 @@ from ray.serve.config import AutoscalingConfig, BackpressureConfig, RequestRoute
 from ray.serve.schema import LoggingConfig
 
 from cluster.errors import SystemFailure
+from cluster.session import hush
 from cluster.storage import Storage
 from serving.handle_artist import NAME, REPLICA, RETRY_S, WAITING_REQUESTS, HandleArtist
 from serving.protocol import Drawn, Event, ImageOrder, Stepped
@@ -231,4 +232,5 @@ def start(application: Any, host: str, port: int) -> None:
 
 def stop() -> None:
     """End the service; requests that were accepted are answered first."""
+    hush()  # Serve's controller ends by being killed while it is asked to end
     serve.shutdown()

@@ -20,6 +20,7 @@ from cluster.session import (
     check_fits,
     cpu_count,
     gpu_count,
+    hush,
     node_count,
     resolve_address,
     session,
@@ -44,6 +45,9 @@ def test_a_private_ray_has_the_cpus_that_were_asked_for_and_carries_letters(
         worker.print_to_stdstream({"lines": ["out of memory"], "pid": "raylet", "is_err": False}, False)
         said = capsys.readouterr()
         assert "out of memory" in said.err and not said.out
+        hush()
+        worker.print_to_stdstream({"lines": ["a task failed"], "pid": "raylet", "is_err": True}, False)
+        assert not capsys.readouterr().err
         assert (cpu_count(), gpu_count() >= 0, node_count()) == (5, True, 1)
         seen = ray.get(ray.remote(lambda: dict(os.environ)).remote())
         assert seen["TOKENIZERS_PARALLELISM"] == "false" and seen["OMP_NUM_THREADS"] == "1"
