@@ -132,20 +132,16 @@ def draw_pngs(
     requests: Sequence[Row],
     pool: Pool,
     width: int,
-    artifact: tuple[str, str, str] | None = None,
 ) -> Iterator[Row]:
-    """Images of `requests` (each `index` and the fields of a `DrawRequest`) as rows of `index` and `png`.
+    """Images of the pristine base as rows of `index` and `png`.
 
     Args:
         base: The base to draw with.
-        requests: What to draw.
+        requests: What to draw, each `index` and the fields of a `DrawRequest`.
         pool: Number and size of the actors.
         width: The drawer's width: images per forward.
-        artifact: Storage URI, subject and version to draw with; `None` is the pristine base.
     """
-    uri, name, version = artifact or ("", "", "")
-    rows = [{**request, "name": name, "version": version} for request in requests]
-    for row in draw_grouped(base, rows, pool, width, uri):
+    for row in draw_grouped(base, requests, pool, width):
         if row["error"]:
             raise failure_of(json.loads(row["error"]))
         yield row

@@ -7,8 +7,9 @@ import random
 import shutil
 import socket
 import subprocess
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ import pytest
 
 from cluster.storage import Storage
 from orchestrator.ledger import Ledger
+from orchestrator.progress import Lines
 
 PASSWORD = "not-to-be-shown"
 PATIENCE_S = 300  # on a machine that is busy elsewhere
@@ -134,3 +136,30 @@ def one_ray(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
         for module in ("tuning", "single"):
             monkeypatch.setattr(f"orchestrator.{module}.session", lambda *_: nullcontext())
         yield
+
+
+class BrokenOff(Exception):
+    """In place of a kill."""
+
+
+@pytest.fixture
+def break_off(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> Callable[[Any, int], None]:
+    """Run a study until so many rungs of its trials are told, and break it off."""
+
+    def run(spec: Any, rungs: int) -> None:
+        from orchestrator.tuning import run_study
+
+        heard = 0
+
+        def broken_off(self: Any, done: int, detail: str = "") -> None:
+            nonlocal heard
+            heard += "worth" in detail
+            if heard == rungs:
+                raise BrokenOff
+
+        with monkeypatch.context() as patch:
+            patch.setattr("orchestrator.progress._Line.at", broken_off)
+            with pytest.raises(Exception, match="BrokenOff"):  # Tune wraps it
+                run_study(spec, storage, Lines(sys.stderr), None)
+
+    return run

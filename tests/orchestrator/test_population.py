@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -293,10 +294,6 @@ def test_a_disk_that_is_full_when_a_member_takes_over_is_said_so(
     assert all(bench.trial_run(shared, one, new) for one in specs)
 
 
-class BrokenOff(Exception):
-    """In place of a kill."""
-
-
 def records(storage: Storage) -> dict[str, dict[str, Any]]:
     names = storage.names("studies/night/trials")
     return {name.removesuffix(".json"): storage.read_json(f"studies/night/trials/{name}") for name in names}
@@ -309,20 +306,10 @@ def test_a_population_that_was_broken_off_goes_on_and_its_recipe_trains_what_a_m
     tiny_base: Path,
     tmp_path: Path,
     one_ray: None,
+    break_off: Callable[[StudySpec, int], None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    heard = 0
-
-    def broken_off(self: Any, done: int, detail: str = "") -> None:
-        nonlocal heard
-        heard += "worth" in detail
-        if heard == 10:  # two of four members are at the third rung
-            raise BrokenOff
-
-    with monkeypatch.context() as patch:
-        patch.setattr("orchestrator.progress._Line.at", broken_off)
-        with pytest.raises(Exception, match="BrokenOff"):  # Tune wraps it
-            run_study(spec, storage, Lines(sys.stderr), None)
+    break_off(spec, 10)  # two of four members are at the third rung
     before = records(storage)
     assert any(CHANGES in one["values"] for one in before.values())
 

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -87,10 +88,6 @@ def test_plots_are_svg_with_their_words_and_always_the_same() -> None:
 # -- on Ray ------------------------------------------------------------------------------------------------
 
 
-class BrokenOff(Exception):
-    """In place of a kill."""
-
-
 @pytest.fixture
 def spec(tiny_base: Path, tmp_path: Path) -> StudySpec:
     """Two subjects of the tiny base, three recipes and three steps."""
@@ -150,20 +147,14 @@ def shown(browser: str, page: str, folder: Path) -> dict[str, int]:
 
 @pytest.mark.slow
 def test_a_study_that_was_broken_off_goes_on_and_ends_with_a_recipe(
-    spec: StudySpec, storage: Storage, tmp_path: Path, one_ray: None, monkeypatch: pytest.MonkeyPatch
+    spec: StudySpec,
+    storage: Storage,
+    tmp_path: Path,
+    one_ray: None,
+    break_off: Callable[[StudySpec, int], None],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    heard = 0
-
-    def broken_off(self: Any, done: int, detail: str = "") -> None:
-        nonlocal heard
-        heard += "worth" in detail
-        if heard == 3:
-            raise BrokenOff
-
-    with monkeypatch.context() as patch:
-        patch.setattr("orchestrator.progress._Line.at", broken_off)
-        with pytest.raises(Exception, match="BrokenOff"):  # Tune wraps it
-            run_study(spec, storage, Lines(sys.stderr), None)
+    break_off(spec, 3)
     before = read(storage)
     assert sum(len(one["rows"]) for one in before.values()) >= 3
     outcome = run_study(spec, storage, Lines(sys.stderr), None)

@@ -14,11 +14,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
+from safetensors.torch import load_file
 from torch import nn
 
 from cluster.session import session
 from cluster.storage import Storage
-from training.artifact import write_weights
+from training.artifact import open_artifact, write_weights
 from training.batches import Batches
 from training.conditioning import trained_parts
 from training.dataplan import DataPlan
@@ -267,3 +268,18 @@ def _own_linear() -> Iterator[None]:
     before = torch.nn.functional.linear
     yield
     torch.nn.functional.linear = before
+
+
+@pytest.fixture
+def weights(storage: Storage) -> Callable[[str], dict[str, bytes]]:
+    """The bytes of every tensor of a subject's artifact."""
+
+    def read(name: str) -> dict[str, bytes]:
+        with open_artifact(storage, name, "v1") as artifact:
+            return {
+                f"{file.name}/{key}": tensor.numpy().tobytes()
+                for file in sorted(artifact.folder.rglob("*.safetensors"))
+                for key, tensor in load_file(file).items()
+            }
+
+    return read

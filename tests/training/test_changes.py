@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from cluster.errors import UserError
 from cluster.storage import Storage
@@ -18,7 +17,6 @@ from orchestrator.space import sections
 from orchestrator.spec import parse_run
 from orchestrator.tracking import flatten
 from training import checkpoint
-from training.artifact import open_artifact
 from training.bank_key import bankable
 from training.change_settings import CHANGEABLE, Change
 from training.changes import course, in_force, prior_course, settled
@@ -133,16 +131,6 @@ def test_rates_of_parts_that_have_stopped_are_settled_and_cannot_be_changed() ->
 # -- trained -------------------------------------------------------------------------------------------------
 
 
-def weights(storage: Storage, name: str) -> dict[str, bytes]:
-    """The bytes of every tensor of an artifact."""
-    with open_artifact(storage, name, "v1") as artifact:
-        return {
-            f"{file.name}/{key}": tensor.numpy().tobytes()
-            for file in sorted(artifact.folder.rglob("*.safetensors"))
-            for key, tensor in load_file(file).items()
-        }
-
-
 def rows(*trained: Trained) -> list[Any]:
     told = [row for part in trained for kind, payload in part["events"] if kind == "steps" for row in payload]
     found = {row["step"]: row for row in told}
@@ -150,7 +138,10 @@ def rows(*trained: Trained) -> list[Any]:
 
 
 def test_a_run_that_takes_over_a_checkpoint_ends_as_one_that_was_trained_so_from_its_first_step(
-    make_job: Callable[..., Lease], alone: Callable[..., Trained], storage: Storage
+    make_job: Callable[..., Lease],
+    alone: Callable[..., Trained],
+    storage: Storage,
+    weights: Callable[[str], dict[str, bytes]],
 ) -> None:
     whole = alone(make_job("whole", train=TRAIN, validate=OFF))
     plain = alone(make_job("plain", train={**TRAIN, "changes": []}, validate=OFF))
@@ -165,7 +156,7 @@ def test_a_run_that_takes_over_a_checkpoint_ends_as_one_that_was_trained_so_from
     assert not checkpoint.adopt(storage, "runs/none/v1", "f", donor.run_path, "another", 3)
     second = alone(heir)
     assert dict(second["events"])["started"]["from_step"] == 3
-    assert weights(storage, "heir") == weights(storage, "whole") != weights(storage, "plain")
+    assert weights("heir") == weights("whole") != weights("plain")
     assert rows(first, second) == rows(whole)
     assert second["metrics"] == whole["metrics"]  # the figures of the steps before went along
     # what was changed is what is different, and nothing before it is

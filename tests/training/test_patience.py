@@ -6,10 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import load_file
 
 from cluster.storage import Storage
-from training.artifact import open_artifact
 from training.lease import Lease
 from training.loop import ResidentBase
 from training.patience import Look, Patience
@@ -79,14 +77,11 @@ def of_kind(trained: Trained, kind: str) -> list[Any]:
     return [payload for event, payload in trained["events"] if event == kind]
 
 
-def weights(storage: Storage, name: str) -> dict[str, bytes]:
-    with open_artifact(storage, name, "v1") as artifact:
-        found = load_file(artifact.folder / LORA)
-    return {key: tensor.numpy().tobytes() for key, tensor in found.items()}
-
-
 def test_a_run_without_a_gain_ends_early_with_the_weights_that_drew_best(
-    stopping: Callable[..., Lease], alone: Callable[..., Trained], storage: Storage
+    stopping: Callable[..., Lease],
+    alone: Callable[..., Trained],
+    storage: Storage,
+    weights: Callable[[str], dict[str, bytes]],
 ) -> None:
     done = alone(stopping("rex"))
     assert [said["step"] for said in of_kind(done, "score")] == [2, 4]
@@ -97,7 +92,7 @@ def test_a_run_without_a_gain_ends_early_with_the_weights_that_drew_best(
     [told] = [said["text"] for said in of_kind(done, "note")]
     assert "ended after step 4, with the weights of step 2; 8 of 12 steps are saved" in told
     alone(stopping("two", steps=2, stop=None))
-    assert weights(storage, "rex") == weights(storage, "two")
+    assert weights("rex") == weights("two")
     manifest = storage.manifest("artifacts/rex/v1")
     assert manifest is not None and manifest["steps"] == 2
 
@@ -114,14 +109,17 @@ def test_a_run_that_gains_trains_all_its_steps_and_is_looked_at_in_the_end(
 
 @pytest.mark.resume
 def test_a_run_that_was_left_at_a_look_or_between_two_ends_as_one_that_was_not(
-    stopping: Callable[..., Lease], alone: Callable[..., Trained], storage: Storage
+    stopping: Callable[..., Lease],
+    alone: Callable[..., Trained],
+    storage: Storage,
+    weights: Callable[[str], dict[str, bytes]],
 ) -> None:
     calm = alone(stopping("calm"))
     for name, step in (("at", 2), ("between", 3)):
         assert alone(stopping(name), {0: {step - 1: Wish.LEAVE}})["metrics"] is None
         again = alone(stopping(name))
         assert again["metrics"] == calm["metrics"]
-        assert weights(storage, name) == weights(storage, "calm")
+        assert weights(name) == weights("calm")
 
 
 @pytest.mark.slow

@@ -7,10 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.torch import load_file
 
 from cluster.storage import Storage
-from training.artifact import open_artifact
 from training.lease import Lease
 from training.png import decode_png, tiles
 from training.wish import Wish
@@ -36,16 +34,6 @@ LEAVE = {1: {0: Wish.LEAVE}}  # rank 1 wishes at its first step; all leave after
 Trained = dict[str, Any]
 
 
-def weights(storage: Storage, name: str) -> dict[str, bytes]:
-    """The bytes of every tensor of an artifact."""
-    with open_artifact(storage, name, "v1") as artifact:
-        return {
-            f"{file.name}/{key}": tensor.numpy().tobytes()
-            for file in sorted(artifact.folder.rglob("*.safetensors"))
-            for key, tensor in load_file(file).items()
-        }
-
-
 def rows(*trained: Trained) -> dict[int, list[float]]:
     """Losses and gradient norm of each step, the last time it was told."""
     told = [row for part in trained for kind, payload in part["events"] if kind == "steps" for row in payload]
@@ -61,7 +49,12 @@ def kinds(trained: Trained) -> list[str]:
 @pytest.mark.parametrize("method", ["lora", "full"])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_two_workers_that_left_go_on_to_the_bits_of_those_that_stayed(
-    stage: int, method: str, make_job: Callable[..., Lease], pair: Any, storage: Storage
+    stage: int,
+    method: str,
+    make_job: Callable[..., Lease],
+    pair: Any,
+    storage: Storage,
+    weights: Callable[[str], dict[str, bytes]],
 ) -> None:
     sections = {"train": {**TRAIN, "method": method}, "engine": {"zero_stage": stage}}
     calm, _ = pair(make_job("calm", validate=OFF, **sections))
@@ -72,7 +65,7 @@ def test_two_workers_that_left_go_on_to_the_bits_of_those_that_stayed(
     went_on, _ = pair(hurt)
     assert went_on["events"][1][1]["from_step"] == 2
     assert rows(left, went_on) == rows(calm) and len(rows(calm)) == 5
-    assert weights(storage, "hurt") == weights(storage, "calm")
+    assert weights("hurt") == weights("calm")
 
 
 @pytest.mark.slow
@@ -124,7 +117,10 @@ def test_another_number_of_workers_goes_on_with_the_same_losses(
 
 @pytest.mark.resume
 def test_a_run_that_was_left_at_rungs_ends_as_one_that_was_not(
-    make_job: Callable[..., Lease], alone: Callable[..., Trained], storage: Storage
+    make_job: Callable[..., Lease],
+    alone: Callable[..., Trained],
+    storage: Storage,
+    weights: Callable[[str], dict[str, bytes]],
 ) -> None:
     sections = {"train": TRAIN, "validate": {**ON, "every": 5, "unguided": False}}
     calm = alone(make_job("calm", **sections))
@@ -135,6 +131,6 @@ def test_a_run_that_was_left_at_rungs_ends_as_one_that_was_not(
     last = alone(job)
     assert kinds(first)[-3:] == ["validation", "sample", "checkpoint"]
     assert kinds(again) == kinds(first)[:-1] and dict(again["events"])["started"]["from_step"] == 2
-    assert rows(first, second, last) == rows(calm) and weights(storage, "rung") == weights(storage, "calm")
+    assert rows(first, second, last) == rows(calm) and weights("rung") == weights("calm")
     width = decode_png(storage.read("runs/rung/v1/samples/step_000002.png"))
     assert len(tiles(width, 3, len(width) // 16)) == 3 * (len(width) // 16)
